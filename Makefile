@@ -1,0 +1,40 @@
+# Everything a fresh Debian 12 or Ubuntu with git, make and python3 (3.11 or newer) needs is installed by these targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SLURM_PACKAGES := slurm-wlm slurm-wlm-basic-plugins slurm-client munge
+
+.PHONY: demo test check bench clean
+
+demo: $(VENV)/installed | slurm
+	$(BIN)/python tests/demo.py
+
+test: $(VENV)/installed | slurm
+	$(BIN)/python -m pytest $(TESTS)
+
+check: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/hooks.py
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "rms: needs Python 3.11 or newer: make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || $(MAKE) --no-print-directory packages PACKAGES=python3-venv
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+# Slurm and munge from the distribution. Where that fails the demo says so and goes on without, and the tests fail in CI.
+.PHONY: slurm packages
+slurm:
+	@command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null && command -v sbatch >/dev/null || \
+	$(MAKE) --no-print-directory packages PACKAGES="$(SLURM_PACKAGES)" || echo "rms: Slurm could not be installed here"
+
+packages:
+	apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends install $(PACKAGES) >/dev/null
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,557 @@
+#!/usr/bin/env python3
+"""The local controller: gives a run of a job its MIG instances and takes them back. One transaction per call.
+
+    controller.py acquire --job ID --restart N --uid UID --request SPEC [--submit EPOCH] [--limit MINUTES] [--json]
+    controller.py release --job ID --restart N [--json]
+    controller.py [--gpus N]            reads `acquire USER SPEC` and `release USER` from standard input (rms/loop.py)
+
+A transaction has three phases: decide and save the intent (state lock), change the hardware (locks of the GPUs), save
+the outcome (state lock). A killed process leaves an intent whose owner is dead; whoever comes next takes it over.
+Exit codes: rms/errors.py.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, TypeVar
+
+from rms import config as configuration
+from rms import grant, inventory, planner
+from rms.audit import Audit
+from rms.config import Config
+from rms.device import Device, DeviceError, Nvml
+from rms.errors import ClosedRunError, NodeError, NoRoomError, RequestError, RmsError
+from rms.geometry import Placement
+from rms.inventory import Allocation, Claim, Intent, Outcome, Owner, Run, State, Survey
+from rms.planner import Decision, View
+from rms.request import Request, parse
+from rms.store import Damaged, Store
+
+RETRY_SECONDS = 0.1
+"""Pause between two looks at what another process has to let go."""
+DESTROY_SECONDS = 2.0
+"""How long a destroy that is IN_USE is tried again: the driver lets go of a client a moment after it ended."""
+TRIES = 2
+"""How often one call tries the hardware of a GPU that fails before it leaves that GPU out."""
+
+T = TypeVar("T")
+
+
+class Granted(NamedTuple):
+    """An instance that a run has: its GPU's UUID and number in the config's order, its placement, its MIG UUID."""
+
+    gpu: str
+    number: int
+    placement: Placement
+    uuid: str
+
+
+class Step(NamedTuple):
+    """One instance that an intent changes; `status` is its status in the inventory meanwhile."""
+
+    gpu: str
+    generation: int
+    status: str
+    placement: Placement
+    gi: int | None
+    ci: int | None
+    uuid: str | None
+
+
+class Controller:
+    """The controller of one node. `log` is told what an administrator should know. Raises RmsError and nothing else."""
+
+    def __init__(
+        self,
+        config: Config,
+        choose: planner.Choose = planner.built_in,
+        log: Callable[[str], None] = lambda text: print(f"rms: {text}", file=sys.stderr),
+    ) -> None:
+        self.config = config
+        self.audit = Audit(config.audit_log)
+        self._choose = choose
+        self._log = log
+        self._boot_id = configuration.boot_id(config)
+        self._deadline = time.monotonic() + config.deadline_seconds
+        self._store = Store(config.state_dir, self._deadline)
+        self._owner = Owner.me()
+        self._session: Device | None = None
+
+    def acquire(
+        self, run: Run, uid: int, spec: str, submit: int | None = None, limit: int | None = None
+    ) -> list[Granted]:
+        """Give `run` the instances that `spec` asks for, in its order; the same again if it has them already.
+
+        `submit` is an epoch, `limit` minutes. Raises RequestError (can never be), NoRoomError (not now), ClosedRunError
+        (the run was released, or a newer one exists), NodeError.
+        """
+        self.audit.write("acquire", run=run, uid=uid, request=spec, submit=submit, limit=limit)
+        return self._recovering(lambda: self._acquire(run, uid, spec, submit, limit))
+
+    def release(self, run: Run) -> None:
+        """Take back what `run` has. Right for a run that never had anything too: it gets nothing from now on."""
+        self._recovering(lambda: self._release(run))
+
+    def inspect(self) -> State:
+        """The inventory as it stands. Raises NodeError, also where it must be recovered first."""
+        try:
+            with self._store.open("show") as state:
+                return state
+        except Damaged as damaged:
+            raise NodeError(f"{damaged}: the next job's Prolog will recover it") from None
+
+    # Acquire.
+
+    def _acquire(self, run: Run, uid: int, spec: str, submit: int | None, limit: int | None) -> list[Granted]:
+        failures: dict[str, list[str]] = {}
+        while True:
+            with self._open("acquire") as state:
+                if standing := self._standing(state, run):
+                    return standing
+                older = next((a.run for a in state.of_job(run) if a.run.restart < run.restart), None)
+                busy = next((i for i in state.intents if i.run == (older or run)), None)
+                if older is None and busy is None:
+                    asked = parse(spec, next(iter(state.geometries.values())))
+                    decisions = self._plan(state, run, asked, limit, failures)
+                    allocation = Allocation(run, uid, str(asked), submit, limit, time.time(), self._boot_id, [])
+                    intent = inventory.reserve(state, decisions, allocation, self._owner)
+                    state.recent = [*state.recent, (float(submit or time.time()), str(asked), limit)]
+                    state.recent = state.recent[-inventory.RECENT :]
+                    steps = _steps(state, intent)
+                    self._store.save(state)
+            if busy is not None:
+                self._wait(f"run {run} is being worked on by process {busy.owner.pid}")
+            elif older is not None:
+                self._release(older)
+            elif granted := self._fulfil(intent, steps, failures):
+                return granted
+
+    def _standing(self, state: State, run: Run) -> list[Granted] | None:
+        """What the run has already. Raises ClosedRunError if it may not have anything any more."""
+        if (closed := state.closed.get(run.job)) and run.restart <= closed[0]:
+            raise ClosedRunError(f"run {run} was released already; nothing is granted to it")
+        if newer := next((a.run for a in state.of_job(run) if a.run.restart > run.restart), None):
+            raise ClosedRunError(f"run {run} is over: {newer} runs here; nothing is granted to it")
+        allocation = state.of_run(run)
+        return self._give(state, allocation) if allocation and allocation.granted else None
+
+    def _give(self, state: State, allocation: Allocation) -> list[Granted]:
+        """Leave the job's grant and say what is in it."""
+        numbers = {gpu.uuid: number for number, gpu in enumerate(state.gpus)}
+        granted = [
+            Granted(gpu.uuid, numbers[gpu.uuid], instance.placement, instance.uuid or "")
+            for gpu, instance in state.held(allocation)
+        ]
+        uuids = [instance.uuid for instance in granted]
+        grant.give(self.config.run_dir, allocation.run, allocation.uid, allocation.request, uuids)
+        return granted
+
+    def _plan(
+        self, state: State, run: Run, asked: Request, limit: int | None, failures: dict[str, list[str]]
+    ) -> list[Decision]:
+        now = time.time()
+        view = inventory.view(state, now)
+        empty = [planner.GpuView(gpu.uuid, gpu.geometry) for gpu in view.gpus]
+        if not planner.fits(view._replace(gpus=tuple(empty)), asked):
+            raise RequestError(f"{asked} is more than the {len(empty)} GPUs of this node hold when empty")
+        faults = {gpu.uuid: gpu.fault for gpu in state.gpus if gpu.fault}
+        faults |= {uuid: texts[-1] for uuid, texts in failures.items() if len(texts) >= TRIES}
+        whole = tuple(gpu for gpu in empty if gpu.uuid not in faults)
+        if not planner.fits(view._replace(gpus=whole), asked):
+            raise NodeError("; ".join(f"GPU {uuid}: {fault}" for uuid, fault in faults.items()))
+        view = view._replace(gpus=tuple(gpu.without_room() if gpu.uuid in faults else gpu for gpu in view.gpus))
+        decisions = planner.plan(view, asked, now + limit * 60 if limit else None, self._choose)
+        if decisions is None:
+            grant.refuse(self.config.run_dir, run)
+            self.audit.write("refused", run=run, request=str(asked), gpus=_picture(view))
+            raise NoRoomError(f"no room for {asked} now")
+        self.audit.write(
+            "decision",
+            run=run,
+            request=str(asked),
+            gpus=_picture(view),
+            instances=[_explain(d, view) for d in decisions],
+        )
+        return decisions
+
+    def _fulfil(self, intent: Intent, steps: Sequence[Step], failures: dict[str, list[str]]) -> list[Granted] | None:
+        """Phases 2 and 3. None if the hardware would not: the inventory knows why, and another plan may do."""
+        with self._store.hardware([step.gpu for step in steps], f"run {intent.run}"):
+            outcomes, broken = self._change(steps)
+            with self._store.open("acquire") as state:
+                current = next((i for i in state.intents if i.number == intent.number), None)
+                allocation = state.of_run(intent.run)
+                if current is None or allocation is None:
+                    return None  # the state was lost and recovered meanwhile, and what we made was adopted
+                complete = len(outcomes) == len(steps) and not any(o.held for o in outcomes)
+                inventory.conclude(state, current, outcomes, time.time(), granted=complete)
+                if broken:
+                    state.gpu(broken[0]).doubt = broken[1]
+                self._store.save(state)
+                granted = self._give(state, allocation) if complete else None
+        for outcome in outcomes:
+            if outcome.held:
+                self._report(f"instance {outcome.uuid} is quarantined: {outcome.held}")
+        if broken:
+            failures.setdefault(broken[0], []).append(broken[1])
+            self._report(f"GPU {broken[0]}: {broken[1]}")
+        if granted:
+            self.audit.write("granted", run=intent.run, instances=granted)
+        return granted
+
+    def _change(self, steps: Sequence[Step]) -> tuple[list[Outcome], tuple[str, str] | None]:
+        """Phase 2 of an acquire. Stops at the first instance that is held or fails; the latter with GPU and error."""
+        outcomes: list[Outcome] = []
+        for step in sorted(steps, key=lambda s: ("busy", "removing", "making").index(s.status)):
+            began = time.monotonic()
+            fault = ""
+            try:
+                outcomes.append(self._make(step) if step.status == "making" else self._take(step))
+            except DeviceError as error:
+                fault = str(error)
+            self.audit.write(
+                {"busy": "reuse", "removing": "destroy", "making": "create"}[step.status],
+                gpu=step.gpu,
+                placement=str(step.placement),
+                seconds=round(time.monotonic() - began, 6),
+                result=fault or outcomes[-1].held or "done",
+            )
+            if fault:
+                return outcomes, (step.gpu, fault)
+            if outcomes[-1].held:
+                break
+        return outcomes, None
+
+    def _make(self, step: Step) -> Outcome:
+        device = self._device
+        gi = device.create_gpu_instance(step.gpu, step.placement.profile, step.placement.start)
+        try:
+            ci = device.create_compute_instance(step.gpu, gi)
+        except DeviceError:
+            device.destroy_gpu_instance(step.gpu, gi)
+            raise
+        return Outcome(step.generation, gi, ci, device.uuid(step.gpu, gi, ci))
+
+    def _take(self, step: Step) -> Outcome:
+        """Make sure that nobody holds an idle instance; destroy it if it is to be removed."""
+        gi, ci = step.gi, step.ci
+        if gi is None or ci is None:
+            raise DeviceError(Nvml.NOT_FOUND, f"{step.placement} has no instance")
+        stands = Outcome(step.generation, gi, ci, step.uuid)
+        if pids := self._device.holders(step.gpu, gi, ci):
+            return stands._replace(held=_held_by(pids))
+        if step.status == "busy":
+            return stands
+        try:
+            self._patiently(lambda: self._device.destroy_compute_instance(step.gpu, gi, ci))
+        except DeviceError as error:
+            if error.code == Nvml.IN_USE:
+                return stands._replace(held=str(error))
+            raise
+        self._patiently(lambda: self._device.destroy_gpu_instance(step.gpu, gi))
+        return Outcome(step.generation, None, None, None)
+
+    def _patiently(self, destroy: Callable[[], None]) -> None:
+        until = time.monotonic() + DESTROY_SECONDS
+        while True:
+            try:
+                return destroy()
+            except DeviceError as error:
+                if error.code != Nvml.IN_USE or time.monotonic() > until:
+                    raise
+            time.sleep(RETRY_SECONDS)
+
+    # Release.
+
+    def _release(self, run: Run) -> None:
+        with self._open("release") as state:
+            self.audit.write("release", run=run)
+            if busy := next((i for i in state.intents if i.run == run), None):
+                # Its own Prolog or another Epilog of it: a run has one of each, so whoever it is was started by hand.
+                raise NodeError(
+                    f"run {run} is being worked on by process {busy.owner.pid}: release it again after that"
+                )
+            state.close(run, time.time())
+            allocation = state.of_run(run)
+            if allocation is None:
+                self._store.save(state)
+                grant.remove(self.config.run_dir, run)
+                return
+            intent = inventory.begin_release(state, allocation, self._owner)
+            steps = _steps(state, intent)
+            self._store.save(state)
+        outcomes = self._let_go(steps)
+        with self._store.open("release") as state:
+            if current := next((i for i in state.intents if i.number == intent.number), None):
+                inventory.conclude(state, current, outcomes, time.time(), granted=False)
+                self._store.save(state)
+            grant.remove(self.config.run_dir, run)
+        for outcome in outcomes:
+            if outcome.held:
+                self._report(f"instance {outcome.uuid} of run {run} is quarantined: {outcome.held}")
+        self.audit.write("released", run=run, instances=outcomes)
+
+    def _let_go(self, steps: Sequence[Step]) -> list[Outcome]:
+        """Phase 2 of a release: wait, without a lock, until no process holds the instances or patience ends."""
+        until = min(time.monotonic() + self.config.holder_seconds, self._deadline)
+        while True:
+            with self._store.hardware([step.gpu for step in steps], "release"):
+                outcomes = [self._released(step) for step in steps]
+            if not any(outcome.held for outcome in outcomes) or time.monotonic() > until:
+                return outcomes
+            time.sleep(RETRY_SECONDS)
+
+    def _released(self, step: Step) -> Outcome:
+        stands = Outcome(step.generation, step.gi, step.ci, step.uuid)
+        try:
+            pids = self._device.holders(step.gpu, step.gi or 0, step.ci or 0)
+        except DeviceError as error:
+            if error.code == Nvml.NOT_FOUND:  # it vanished while the job ran: nothing to take back
+                return Outcome(step.generation, None, None, None)
+            return stands._replace(held=str(error))
+        return stands._replace(held=_held_by(pids) if pids else "")
+
+    # Before a decision: the inventory must be known, and true.
+
+    @contextmanager
+    def _open(self, what: str) -> Iterator[State]:
+        """The state with its lock held, after whatever others have left undone has been mended."""
+        mended = False
+        while True:
+            with self._store.open(what) as state:
+                if not state.boot_id:
+                    raise Damaged("there is no state yet", state)
+                stale = state.boot_id != self._boot_id or state.managed != list(self.config.gpus)
+                claim = None if stale or mended else inventory.claim(state, self._owner)
+                if not stale and claim is None:
+                    yield state
+                    return
+                self._store.save(state)
+            if claim is None:
+                self._discover()
+            else:
+                self._mend(claim)
+                mended = True
+
+    def _discover(self) -> None:
+        """Take in the GPUs after a reboot or a change of the configuration."""
+        geometries = {gpu: self._asking(gpu, self._device.geometry) for gpu in self._device.gpus()}
+        with self._store.open("discover") as state:
+            if state.boot_id != self._boot_id:
+                self._report("this node has booted: instances and allocations from before are gone")
+                for job, old in grant.granted(self.config.run_dir).items():
+                    grant.remove(self.config.run_dir, Run(old.cluster, job, old.restart))
+            inventory.discover(state, self._boot_id, self.config.gpus, geometries, time.time())
+            self._store.save(state)
+
+    def _mend(self, claim: Claim) -> None:
+        """Compare GPUs with their records: what dead processes left, what is in doubt, what is quarantined."""
+        for gpu in claim.gpus:
+            with self._store.hardware([gpu], "mend"):
+                try:
+                    for instance in self._device.instances(gpu):
+                        if instance.ci is None and (gpu, instance.placement) in claim.places:
+                            self._device.destroy_gpu_instance(gpu, instance.gi)
+                    survey = self._survey(gpu)
+                except DeviceError as error:
+                    survey, fault = None, str(error)
+                with self._store.open("mend") as state:
+                    record = state.gpu(gpu)
+                    if survey is not None:
+                        inventory.reconcile(state, record, survey.seen, survey.held, claim.intents, time.time())
+                    elif record.fault != fault:
+                        record.fault = fault
+                        self._report(f"GPU {gpu} is not offered: {fault}")
+                    self._store.save(state)
+        if claim.intents:
+            self._report(f"took over {len(claim.intents)} unfinished change(s) of processes that are gone")
+
+    def _survey(self, gpu: str) -> Survey:
+        seen = self._device.instances(gpu)
+        held = {}
+        for instance in seen:
+            if instance.ci is not None and (pids := self._device.holders(gpu, instance.gi, instance.ci)):
+                held[instance.gi] = _held_by(pids)
+        return Survey(self._device.geometry(gpu), seen, held)
+
+    def _recovering(self, work: Callable[[], T]) -> T:
+        """Do `work`, rebuilding the state first where it is lost or damaged."""
+        try:
+            while True:
+                try:
+                    return work()
+                except Damaged as damaged:
+                    self._recover(damaged)
+        finally:
+            if self._session is not None:
+                self._session.close()
+                self._session = None
+            if self.audit.fault:
+                self._log(self.audit.fault)
+
+    def _recover(self, damaged: Damaged) -> None:
+        gpus = self._device.gpus()
+        with self._store.hardware(gpus, "recover"):
+            surveys = {gpu: self._asking(gpu, self._survey) for gpu in gpus}
+            with self._store.rebuild("recover") as state:
+                if state is None:
+                    return
+                grants = {
+                    job: (Run(g.cluster, job, g.restart), g.uid, g.request, g.uuids)
+                    for job, g in grant.granted(self.config.run_dir).items()
+                }
+                inventory.recover(state, self._boot_id, self.config.gpus, surveys, grants, time.time())
+                self._store.save(state)
+        self._report(f"{damaged}: rebuilt from {len(gpus)} GPUs and {len(grants)} grants")
+
+    @property
+    def _device(self) -> Device:
+        """The session with the driver, opened when the hardware is first needed."""
+        if self._session is None:
+            self._session = open_device(self.config, self._boot_id)
+        return self._session
+
+    def _asking(self, gpu: str, question: Callable[[str], T]) -> T:
+        try:
+            return question(gpu)
+        except DeviceError as error:
+            raise NodeError(f"GPU {gpu}: {error}") from error
+
+    def _wait(self, why: str) -> None:
+        if time.monotonic() > self._deadline:
+            raise NodeError(f"{why}, for longer than {self.config.deadline_seconds:g} s")
+        time.sleep(RETRY_SECONDS)
+
+    def _report(self, text: str) -> None:
+        self.audit.write("warning", text=text)
+        self._log(text)
+
+
+def open_device(config: Config, boot_id: str) -> Device:
+    """A session with the GPUs that the config names. Raises NodeError."""
+    if config.simulated is None:
+        raise NodeError("the configuration has no [simulated] section, and real GPUs are not supported yet")
+    from rms.simulated import SimulatedDevice
+
+    sim = config.simulated
+    try:
+        return SimulatedDevice(
+            sim.file, sim.model, sim.gpus, config.gpus, boot_id, sim.create_seconds, sim.destroy_seconds
+        )
+    except (DeviceError, RequestError) as error:
+        raise NodeError(f"cannot open the GPUs: {error}") from error
+
+
+def _steps(state: State, intent: Intent) -> list[Step]:
+    return [
+        Step(gpu.uuid, i.generation, i.status, i.placement, i.gi, i.ci, i.uuid)
+        for gpu in state.gpus
+        for i in gpu.instances
+        if i.intent == intent.number
+    ]
+
+
+def _held_by(pids: Sequence[int]) -> str:
+    return f"held by process {', '.join(str(pid) for pid in pids[:5])}"
+
+
+def _picture(view: View) -> dict[str, dict[str, list[str]]]:
+    """The GPUs as the audit log shows them."""
+    return {
+        gpu.uuid: {
+            "busy": [str(b.placement) for b in gpu.busy],
+            "idle": [str(p) for p in gpu.idle],
+            "blocked": [str(p) for p in gpu.blocked],
+        }
+        for gpu in view.gpus
+    }
+
+
+def _explain(decision: Decision, view: View) -> dict[str, object]:
+    choice = decision.choice
+    geometry = view.gpus[choice.candidate.gpu].geometry
+    return {
+        "profile": decision.asked.profile,
+        "gpu": choice.candidate.gpu,
+        "placement": str(choice.candidate.placement),
+        "reuse": choice.candidate.reuse,
+        "destroys": [str(p) for p in choice.candidate.destroys],
+        "candidates": [
+            [c.gpu, str(c.placement), score] for c, score in zip(decision.candidates, choice.scores, strict=False)
+        ],
+        "source": choice.source,
+        "model": choice.model,
+        "reason": choice.reason,
+        "wanted": [str(p) for p in choice.wanted],
+        "config": geometry.config_id(choice.wanted),
+    }
+
+
+def choose(view: View, asked: planner.Asked, candidates: Sequence[planner.Candidate]) -> planner.Choice:
+    """The policy that this controller asks: the one place where it is chosen."""
+    return planner.built_in(view, asked, candidates)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command line. Returns the exit code."""
+    import argparse
+    import json
+
+    parser = argparse.ArgumentParser(prog="controller.py", description="Gives runs of jobs their MIG instances.")
+    parser.add_argument("--gpus", type=int, metavar="N", help="standard-input mode: provision at most N GPUs")
+    verbs = parser.add_subparsers(dest="verb")
+    acquire = verbs.add_parser("acquire", help="give a run its instances")
+    release = verbs.add_parser("release", help="take a run's instances back")
+    for verb in (acquire, release):
+        verb.add_argument("--job", type=_whole, required=True, metavar="ID")
+        verb.add_argument("--restart", type=_whole, required=True, metavar="N")
+        verb.add_argument("--cluster", default="cluster", metavar="NAME")
+        verb.add_argument("--json", action="store_true", help="answer as one JSON object")
+    acquire.add_argument("--uid", type=_whole, required=True)
+    acquire.add_argument("--request", required=True, metavar="SPEC", help="such as 3g.40gb:1,1g.10gb:2")
+    acquire.add_argument("--submit", type=_whole, metavar="EPOCH")
+    acquire.add_argument("--limit", type=_whole, metavar="MINUTES")
+    options = parser.parse_args(arguments)
+
+    if options.verb is None:
+        from rms import loop
+
+        # A user's name may be any bytes; it is only compared.
+        lines = open(sys.stdin.fileno(), encoding="utf-8", errors="surrogateescape", closefd=False)
+        return loop.run(lines, sys.stdout, choose, options.gpus)
+    try:
+        path = os.environ.get("RMS_CONFIG", configuration.DEFAULT_PATH)
+        controller = Controller(configuration.load(path, configuration.node_name()), choose)
+        run = Run(options.cluster, options.job, options.restart)
+        if options.verb == "release":
+            controller.release(run)
+            granted = []
+        else:
+            granted = controller.acquire(run, options.uid, options.request, options.submit, options.limit)
+    except RmsError as error:
+        if options.json:
+            print(json.dumps({"schema": 1, "error": str(error), "code": error.code}))
+        else:
+            print(f"rms: {error}", file=sys.stderr)
+        return error.code
+    if options.json:
+        instances = [{**g._asdict(), "placement": g.placement._asdict()} for g in granted]
+        print(json.dumps({"schema": 1, "run": str(run), "instances": instances}))
+    else:
+        for g in granted:
+            print(g.uuid, g.number, g.placement)
+    return 0
+
+
+def _whole(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 16):
+        raise ValueError(text)
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

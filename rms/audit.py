@@ -1,0 +1,32 @@
+"""The audit log: one JSON object a line for every decision, operation, start and end. Read by people and by learning.
+
+Every line has t (epoch seconds), event, pid. Lines are appended in one write, so processes do not mix them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from typing import Any
+
+
+class Audit:
+    """The log at `path`. A log that can't be written costs no job its instance: `fault` says what went wrong, if anything."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self.fault = ""
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Append one line."""
+        line = json.dumps({"t": round(time.time(), 6), "event": event, "pid": os.getpid(), **fields}, default=str)
+        try:
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            descriptor = os.open(self._path, flags, 0o640)
+            try:
+                os.write(descriptor, line.encode() + b"\n")
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            self.fault = f"cannot write the audit log {self._path}: {error.strerror}"

@@ -1,0 +1,115 @@
+"""The site's one configuration file, TOML. Unknown keys are refused by name: a typo must not become a default."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from typing import Any, NamedTuple
+
+from rms.errors import NodeError
+
+DEFAULT_PATH = "/etc/rms/rms.toml"
+
+
+class Simulated(NamedTuple):
+    """`[simulated]`: GPUs that exist only in a file."""
+
+    file: str
+    model: str
+    gpus: int
+    create_seconds: float = 0.0
+    destroy_seconds: float = 0.0
+
+
+class Config(NamedTuple):
+    """All that a node needs to know. `%n` in a path stands for the node's Slurm name, so that one file serves many nodes."""
+
+    gpus: tuple[str | int, ...]
+    """The GPUs that RMS manages, by UUID or NVML index; it never opens another one."""
+    simulated: Simulated | None = None
+    state_dir: str = "/var/lib/rms"
+    """State and locks: root's own, on a local disk."""
+    run_dir: str = "/run/rms"
+    """One small file per job, readable by its user: emptied by a reboot, as the instances are."""
+    audit_log: str = "/var/log/rms/audit.jsonl"
+    hook_log: str = ""
+    """Where hooks write their line besides syslog; empty for syslog only."""
+    deadline_seconds: float = 60.0
+    """The longest that one transaction waits for locks and for the GPUs."""
+    holder_seconds: float = 5.0
+    """How long a release waits for processes that outlive their job, before the instance is quarantined."""
+    interactive_wait_seconds: float = 60.0
+    """How long the Prolog of a job that can't be requeued (srun, salloc) waits for room."""
+    boot_id_file: str = "/proc/sys/kernel/random/boot_id"
+
+
+_NUMBER = (int, float)
+_KEYS: dict[str, tuple[type, ...]] = {
+    "gpus": (list,),
+    "simulated": (dict,),
+    "state_dir": (str,),
+    "run_dir": (str,),
+    "audit_log": (str,),
+    "hook_log": (str,),
+    "deadline_seconds": _NUMBER,
+    "holder_seconds": _NUMBER,
+    "interactive_wait_seconds": _NUMBER,
+    "boot_id_file": (str,),
+}
+_SIMULATED: dict[str, tuple[type, ...]] = {
+    "file": (str,),
+    "model": (str,),
+    "gpus": (int,),
+    "create_seconds": _NUMBER,
+    "destroy_seconds": _NUMBER,
+}
+
+
+def load(path: str, node: str) -> Config:
+    """The configuration in `path`, for the node called `node`. Raises NodeError, one line that names file and key."""
+    try:
+        with open(path, "rb") as file:
+            data = tomllib.load(file)
+    except OSError as error:
+        raise NodeError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise NodeError(f"{path} is not valid TOML: {error}") from error
+    _check(path, data, _KEYS, "")
+    gpus = data.get("gpus", [])
+    if not gpus or not all(isinstance(g, (str, int)) and not isinstance(g, bool) for g in gpus):
+        raise NodeError(f"{path}: gpus must list the GPUs to manage, by UUID or index, as in gpus = [0, 1]")
+    simulated = None
+    if "simulated" in data:
+        _check(path, data["simulated"], _SIMULATED, "simulated.")
+        for key in ("file", "model", "gpus"):
+            if key not in data["simulated"]:
+                raise NodeError(f"{path}: simulated.{key} is missing")
+        simulated = Simulated(**data.pop("simulated"))
+        simulated = simulated._replace(file=simulated.file.replace("%n", node))
+    texts = {key: value.replace("%n", node) for key, value in data.items() if isinstance(value, str)}
+    return Config(**{**data, **texts, "gpus": tuple(gpus), "simulated": simulated})
+
+
+def _check(path: str, data: dict[str, Any], keys: dict[str, tuple[type, ...]], prefix: str) -> None:
+    for key, value in data.items():
+        if key not in keys:
+            raise NodeError(f"{path}: unknown key {prefix}{key}; known: {' '.join(keys)}")
+        if not isinstance(value, keys[key]) or isinstance(value, bool):
+            expected = " or ".join(kind.__name__ for kind in keys[key])
+            raise NodeError(f"{path}: {prefix}{key} must be {expected}, not {type(value).__name__}")
+        if isinstance(value, _NUMBER) and value < 0:
+            raise NodeError(f"{path}: {prefix}{key} is {value}; it must not be negative")
+
+
+def boot_id(config: Config) -> str:
+    """What tells this boot from the one before. Raises NodeError."""
+    try:
+        with open(config.boot_id_file, encoding="ascii") as file:
+            return file.read().strip()
+    except OSError as error:
+        raise NodeError(f"cannot read {config.boot_id_file}: {error.strerror}") from error
+
+
+def node_name() -> str:
+    """What `%n` stands for: the node's name in Slurm where slurmd tells it, else the short host name."""
+    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename.partition(".")[0]

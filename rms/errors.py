@@ -1,0 +1,40 @@
+"""Whose fault it was. One class per answer that a caller can give; `rms.cli` and `controller` turn them into one line.
+
+Exit codes (also in docs/admin.md): 0 done, 1 a fault of RMS itself, 2 usage, then one per class below.
+"""
+
+
+class RmsError(Exception):
+    """Base of all that RMS raises on purpose: the text is one line that says what to do."""
+
+    code = 1
+
+
+class RequestError(RmsError):
+    """The user's fault: the request can't be, on this node, whatever the others do. Never a reason to drain."""
+
+    code = 3
+
+
+class NoRoomError(RmsError):
+    """Nobody's fault: the request does not fit now. The job waits; nothing of it has run."""
+
+    code = 4
+
+
+class ClosedRunError(RmsError):
+    """A late call for a run that was released already, or that a newer run of the job has replaced."""
+
+    code = 5
+
+
+class NodeError(RmsError):
+    """The node's fault: no config, state that can't be written or recovered, a GPU that fails. The node is drained."""
+
+    code = 6
+
+
+class LockTimeoutError(NodeError):
+    """Another process held the lock for longer than the deadline; the text names it."""
+
+    code = 7

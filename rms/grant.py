@@ -1,0 +1,110 @@
+"""The grant: one small root-owned file per job that tells the job's own side what its Prolog decided.
+
+    granted 0 65534 tin 3g.40gb:1   status, restart count, uid, cluster, request; then one MIG UUID a line, in order
+    refused 1                       no instance for this run; the job must not run
+    none 0                          no MIG request; written by the Prolog's shell part
+
+`slurm/task_prolog` reads it with nothing but the shell. A missing file means that no Prolog ran: Slurm 22.05 can start
+a requeued job without one (docs/slurm.md), which is why a refusal outlives its run's Epilog.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from rms import files
+from rms.errors import NodeError
+from rms.inventory import Run
+
+STALE_SECONDS = 30 * 86400
+"""A refusal whose job never came back here is swept after this long."""
+
+
+class Grant(NamedTuple):
+    """What the file of a job says. From `uid` on only when granted."""
+
+    status: str
+    restart: int
+    uid: int = -1
+    cluster: str = ""
+    request: str = ""
+    uuids: tuple[str, ...] = ()
+
+
+def directory(run_dir: str) -> str:
+    """The directory of the files, made if missing. Raises NodeError if a user could have put something in its place."""
+    path = os.path.join(run_dir, "jobs")
+    try:
+        os.makedirs(path, mode=0o755, exist_ok=True)
+        found = os.lstat(path)
+    except OSError as error:
+        raise NodeError(f"cannot use {path}: {error.strerror}") from error
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise NodeError(f"{path} must be a directory of root's own that only root can write, and is not: remove it")
+    return path
+
+
+def write(run_dir: str, run: Run, grant: Grant) -> None:
+    """Leave the file for a job, unless a newer run of it has left one. Raises NodeError."""
+    path = os.path.join(directory(run_dir), str(run.job))
+    present = read(run_dir, run.job)
+    if present and present.restart > run.restart:
+        return
+    first = f"{grant.status} {grant.restart}" + (
+        f" {grant.uid} {grant.cluster} {grant.request}" if grant.request else ""
+    )
+    try:
+        files.replace(path, "".join(f"{line}\n" for line in (first, *grant.uuids)).encode(), 0o644, durable=False)
+    except OSError as error:
+        raise NodeError(f"cannot write {path}: {error.strerror}") from error
+
+
+def read(run_dir: str, job: int) -> Grant | None:
+    """What the file of a job says; None if there is none, or none that makes sense."""
+    try:
+        with open(os.path.join(run_dir, "jobs", str(job)), encoding="ascii") as file:
+            lines = file.read().splitlines()
+        status, restart, *rest = lines[0].split()
+        uid, cluster, request = rest or ("-1", "", "")
+        return Grant(status, int(restart), int(uid), cluster, request, tuple(lines[1:]))
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def remove(run_dir: str, run: Run) -> None:
+    """Take away the file of a run that is over. A refusal stays: the job may come back without a Prolog."""
+    present = read(run_dir, run.job)
+    if present and present.restart <= run.restart and present.status != "refused":
+        os.unlink(os.path.join(run_dir, "jobs", str(run.job)))
+
+
+def granted(run_dir: str) -> dict[int, Grant]:
+    """Every grant that stands, by job id: what a recovery has to respect."""
+    found = {}
+    for name in os.listdir(directory(run_dir)):
+        if name.isdigit() and (grant := read(run_dir, int(name))) and grant.status == "granted":
+            found[int(name)] = grant
+    return found
+
+
+def sweep(run_dir: str, now: float | None = None) -> None:
+    """Drop refusals so old that their jobs will not come back."""
+    limit = (time.time() if now is None else now) - STALE_SECONDS
+    for entry in os.scandir(directory(run_dir)):
+        if entry.stat(follow_symlinks=False).st_mtime < limit:
+            os.unlink(entry.path)
+
+
+def refuse(run_dir: str, run: Run) -> None:
+    """Leave word that this run gets nothing."""
+    sweep(run_dir)
+    write(run_dir, run, Grant("refused", run.restart))
+
+
+def give(run_dir: str, run: Run, uid: int, request: str, uuids: Sequence[str]) -> None:
+    """Leave word which instances this run has."""
+    write(run_dir, run, Grant("granted", run.restart, uid, run.cluster, request, tuple(uuids)))

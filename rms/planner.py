@@ -1,0 +1,268 @@
+"""Deciding: which GPU and placement a request gets. Pure: no file, clock, lock or random number behind it.
+
+`plan` makes the candidates, asks a policy (`Choose`) for one instance at a time and checks its answer; only candidates
+after which the rest of the request still fits are offered, so a request succeeds exactly when it can. The policy
+chooses where, never whether.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from rms.geometry import Counts, Geometry, Layout, Placement, combined
+from rms.request import Request
+
+
+class Busy(NamedTuple):
+    """An instance that a job holds. `start` and `end` (expected, from the time limit; None if unknown) are epochs."""
+
+    placement: Placement
+    start: float
+    end: float | None
+
+
+class GpuView(NamedTuple):
+    """One GPU as a policy sees it. `idle` instances exist, belong to nobody and may be reused or destroyed;
+    `blocked` places are taken but not a job's: being made or destroyed, quarantined."""
+
+    uuid: str
+    geometry: Geometry
+    busy: tuple[Busy, ...] = ()
+    idle: tuple[Placement, ...] = ()
+    blocked: tuple[Placement, ...] = ()
+
+    @property
+    def taken(self) -> Layout:
+        """The placements that nothing can be made over."""
+        return (*(b.placement for b in self.busy), *self.blocked)
+
+    def without_room(self) -> GpuView:
+        """The same GPU, offering nothing."""
+        whole = max((p for name in self.geometry.by_name for p in self.geometry.placements(name)), key=lambda p: p.size)
+        return self._replace(idle=(), blocked=(whole,))
+
+
+class Demand(NamedTuple):
+    """One request that the node has seen, or that waits in the queue: when it was submitted (epoch), what it asks,
+    its time limit in seconds (None if unknown)."""
+
+    submit: float
+    request: Request
+    limit: float | None
+
+
+class View(NamedTuple):
+    """All that a policy may use. `pending` is None where the queue is not known."""
+
+    gpus: tuple[GpuView, ...]
+    recent: tuple[Demand, ...]
+    pending: tuple[Demand, ...] | None
+    now: float
+
+
+class Asked(NamedTuple):
+    """The one instance that is being placed: its profile, and when its job is expected to end (epoch, None if unknown)."""
+
+    profile: str
+    end: float | None
+
+
+class Candidate(NamedTuple):
+    """A way to serve an instance: `gpu` is the index in the view, `destroys` the idle instances in its way."""
+
+    gpu: int
+    placement: Placement
+    reuse: bool
+    destroys: tuple[Placement, ...]
+
+
+class Choice(NamedTuple):
+    """What a policy decided. `scores`, one per candidate, higher is better; `source` names the rule or model, `model`
+    is the hash of its weights if it has any; `wanted` is the layout that it has in mind for that GPU."""
+
+    candidate: Candidate
+    scores: tuple[float, ...]
+    reason: str
+    source: str
+    model: str | None
+    wanted: Layout
+
+
+Choose = Callable[[View, Asked, Sequence[Candidate]], Choice]
+
+
+class Decision(NamedTuple):
+    """One instance of a plan: what was asked, what could have been chosen, what was."""
+
+    asked: Asked
+    candidates: tuple[Candidate, ...]
+    choice: Choice
+
+
+def built_in(view: View, asked: Asked, candidates: Sequence[Candidate]) -> Choice:
+    """Best-fit GPU, then the slot that blocks the fewest placements, then reuse; ties to the lowest GPU, then start.
+
+    Blocking is counted over the plain profiles' placements that are possible now. The weights only put the three
+    criteria one after the other: a GPU has at most 12 slices and fewer than 50 plain placements.
+    """
+    scores = []
+    for candidate in candidates:
+        gpu = view.gpus[candidate.gpu]
+        taken = 0
+        for placement in gpu.taken:
+            taken |= placement.mask
+        free = gpu.geometry.slots - taken.bit_count()
+        blocked = sum(
+            1
+            for profile in gpu.geometry.profiles
+            if profile.plain
+            for p in gpu.geometry.placements(profile.name)
+            if p.mask & candidate.placement.mask and not p.mask & taken
+        )
+        scores.append(-float(free * 100 + blocked + (0 if candidate.reuse else 0.5)))
+    best = min(range(len(candidates)), key=lambda i: (-scores[i], candidates[i].gpu, candidates[i].placement.start))
+    chosen = candidates[best]
+    wanted = fill(view.gpus[chosen.gpu], chosen.placement)
+    return Choice(chosen, tuple(scores), "best-fit GPU, least-blocking slot", "built-in", None, wanted)
+
+
+def fill(gpu: GpuView, new: Placement) -> Layout:
+    """The layout to expect on a GPU that gets `new`: what is taken, and more of the same, then the largest that fit."""
+    held = [*gpu.taken, new]
+    base = gpu.geometry.base()
+    for profile in (new.profile, *reversed(base)):
+        while free := gpu.geometry.legal(profile, held):
+            held.append(free[0])
+    return tuple(sorted(held, key=lambda p: p.start))
+
+
+def candidates(view: View, profile: str) -> list[Candidate]:
+    """Every way to serve one instance of `profile` now, by GPU and start."""
+    found = []
+    for index, gpu in enumerate(view.gpus):
+        if profile not in gpu.geometry.by_name:
+            continue
+        for placement in gpu.geometry.legal(profile, gpu.taken):
+            if placement in gpu.idle:
+                found.append(Candidate(index, placement, True, ()))
+            else:
+                found.append(Candidate(index, placement, False, _in_the_way(gpu, placement)))
+    return found
+
+
+def _in_the_way(gpu: GpuView, placement: Placement) -> tuple[Placement, ...]:
+    doomed = [idle for idle in gpu.idle if idle.mask & placement.mask]
+    spared = [idle for idle in gpu.idle if not idle.mask & placement.mask]
+    # A profile's count (or the one set of media engines) may be used up by idle instances elsewhere on the GPU.
+    while placement not in gpu.geometry.legal(placement.profile, (*gpu.taken, *spared)):
+        wanted = gpu.geometry.by_name[placement.profile]
+        rival = next(
+            idle
+            for idle in reversed(spared)
+            if idle.profile == placement.profile or (wanted.media and gpu.geometry.by_name[idle.profile].media)
+        )
+        spared.remove(rival)
+        doomed.append(rival)
+    return tuple(doomed)
+
+
+def fits(view: View, request: Request) -> bool:
+    """Whether the whole request can be placed at once, idle instances destroyed where they are in the way. Exact."""
+    # A quick packing answers most questions; only where it fails are all layouts looked at.
+    return _packs(view, request) or _reaches(view, request)
+
+
+def _packs(view: View, request: Request) -> bool:
+    # Largest first, each at the highest start that any GPU has free: high slices are the ones that block least.
+    held = [list(gpu.taken) for gpu in view.gpus]
+    for profile in sorted(request.profiles, key=lambda name: _size(view, name), reverse=True):
+        best = (-1, 0)
+        for index, gpu in enumerate(view.gpus):
+            free = gpu.geometry.legal(profile, held[index]) if profile in gpu.geometry.by_name else []
+            if free and free[-1].start > best[0]:
+                best = (free[-1].start, index)
+        if best[0] < 0:
+            return False
+        geometry = view.gpus[best[1]].geometry
+        held[best[1]].append(Placement(profile, best[0], geometry.by_name[profile].memory))
+    return True
+
+
+def _reaches(view: View, request: Request) -> bool:
+    names = [profile for profile, _ in request.items]
+    reach: set[Counts] = {(0,) * len(names)}
+    for gpu in view.gpus:
+        # A profile that this model lacks is wanted zero times of it; any name stands in for it.
+        here = [name if name in gpu.geometry.by_name else gpu.geometry.profiles[0].name for name in names]
+        wanted = tuple(c if name in gpu.geometry.by_name else 0 for name, c in request.items)
+        reach = combined(reach, gpu.geometry.frontier(here, wanted, gpu.taken), request.counts)
+        if request.counts in reach:
+            return True
+    return False
+
+
+def _size(view: View, profile: str) -> tuple[int, int]:
+    for gpu in view.gpus:
+        if known := gpu.geometry.by_name.get(profile):
+            return known.memory, known.compute
+    return 0, 0
+
+
+def plan(view: View, request: Request, end: float | None, choose: Choose = built_in) -> list[Decision] | None:
+    """A decision for each instance, in the order of `request.profiles`; None if the request does not fit now.
+
+    `end` is when the job is expected to end (epoch, None if unknown). Instances are placed largest first. A policy that
+    fails or answers with something that was not offered is replaced by the built-in rule, which its `reason` then says.
+    """
+    if not fits(view, request):
+        return None
+    order = sorted(range(len(request.profiles)), key=lambda i: _size(view, request.profiles[i]), reverse=True)
+    decisions: list[Decision | None] = [None] * len(order)
+    left = dict(request.items)
+    for position in order:
+        profile = request.profiles[position]
+        left[profile] -= 1
+        rest = Request(tuple((name, count) for name, count in left.items() if count))
+        offered = _leaving_room(view, candidates(view, profile), rest, end)
+        choice = _checked(view, Asked(profile, end), offered, choose)
+        decisions[position] = Decision(Asked(profile, end), tuple(offered), choice)
+        view = _after(view, choice.candidate, end)
+    return [decision for decision in decisions if decision is not None]
+
+
+def _leaving_room(view: View, found: list[Candidate], rest: Request, end: float | None) -> list[Candidate]:
+    if not rest.items:
+        return found
+    known: dict[tuple[frozenset[Placement], Placement], bool] = {}  # GPUs in the same state answer alike
+    kept = []
+    for candidate in found:
+        gpu = view.gpus[candidate.gpu]
+        key = (frozenset(gpu.taken), candidate.placement)
+        if key not in known:
+            known[key] = fits(_after(view, candidate, end), rest)
+        if known[key]:
+            kept.append(candidate)
+    return kept
+
+
+def _checked(view: View, asked: Asked, offered: Sequence[Candidate], choose: Choose) -> Choice:
+    try:
+        choice = choose(view, asked, offered)
+        if choice.candidate in offered:
+            return choice
+        fault = f"{choice.source} chose what was not offered"
+    except Exception as error:  # whatever a policy does wrong, the job still gets its instance
+        fault = f"policy failed: {type(error).__name__}: {error}"
+    safe = built_in(view, asked, offered)
+    return safe._replace(reason=f"{fault}; {safe.reason}")
+
+
+def _after(view: View, candidate: Candidate, end: float | None) -> View:
+    gpu = view.gpus[candidate.gpu]
+    gone = (*candidate.destroys, candidate.placement)
+    changed = gpu._replace(
+        busy=(*gpu.busy, Busy(candidate.placement, view.now, end)),
+        idle=tuple(idle for idle in gpu.idle if idle not in gone),
+    )
+    return view._replace(gpus=(*view.gpus[: candidate.gpu], changed, *view.gpus[candidate.gpu + 1 :]))

@@ -1,0 +1,155 @@
+"""The state file and the locks around it.
+
+One JSON file with a checksum, replaced whole at every change, the generation before it kept beside it. Two kinds of
+lock, both in the state directory: one for the state, held for milliseconds; one per GPU, held while its hardware is
+changed. A process that holds a GPU's lock may take the state's, never the other way round.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from rms import files, inventory
+from rms.errors import LockTimeoutError, NodeError
+from rms.inventory import State
+
+POLL_SECONDS = 0.005
+"""How often a waiting process tries again: a held state lock is free again after about two syncs of the disk."""
+
+
+class Damaged(Exception):
+    """Neither the state file nor its previous generation can be read; or only the previous one could (`state`)."""
+
+    def __init__(self, text: str, state: State | None) -> None:
+        super().__init__(text)
+        self.state = state
+
+
+class Store:
+    """The state in `directory`. `deadline` is when waiting for locks must end (time.monotonic)."""
+
+    def __init__(self, directory: str, deadline: float) -> None:
+        self.path = os.path.join(directory, "state.json")
+        self._directory = directory
+        self._deadline = deadline
+        self._body = ""
+
+    @contextmanager
+    def open(self, what: str) -> Iterator[State]:
+        """The state, with its lock held. Call `save` inside to keep a change. `what` tells others who holds the lock.
+
+        Raises NodeError if the directory can't be used, LockTimeoutError, and Damaged where only recovery helps.
+        """
+        with self._locked("state.lock", what):
+            state = self._load()
+            self._body = inventory.to_json(state)
+            yield state
+
+    @contextmanager
+    def rebuild(self, what: str) -> Iterator[State | None]:
+        """The state to recover from, with the lock held; None if somebody has recovered it meanwhile."""
+        with self._locked("state.lock", what):
+            self._body = ""
+            try:
+                state = self._load()
+                yield None if state.boot_id else state
+            except Damaged as damaged:
+                yield damaged.state or State()
+
+    @contextmanager
+    def hardware(self, gpus: Iterable[str], what: str) -> Iterator[None]:
+        """The locks of some GPUs, taken in order."""
+        with ExitStack() as stack:
+            for gpu in sorted(set(gpus)):
+                stack.enter_context(self._locked(f"{gpu}.lock", what))
+            yield
+
+    def save(self, state: State) -> None:
+        """Keep `state`, on the disk before this returns; nothing is written if nothing changed. Raises NodeError (read-only, disk full); the old state stands then."""
+        body = inventory.to_json(state)
+        if body == self._body:
+            return
+        data = f'{{"crc32":{zlib.crc32(body.encode())},"state":{body}}}\n'
+        try:
+            files.replace(self.path, data.encode(), keep=f"{self.path}.previous")
+        except OSError as error:
+            raise NodeError(f"cannot write {self.path}: {error.strerror}") from error
+
+    def _load(self) -> State:
+        try:
+            return _read(self.path)
+        except FileNotFoundError:
+            if not os.path.exists(f"{self.path}.previous"):
+                return State()
+            fault = "is missing"
+        except (ValueError, KeyError, TypeError) as error:
+            fault = f"is damaged ({error})"
+        except OSError as error:
+            raise NodeError(f"cannot read {self.path}: {error.strerror}") from error
+        try:
+            raise Damaged(f"{self.path} {fault}; its previous generation is used", _read(f"{self.path}.previous"))
+        except (OSError, ValueError, KeyError, TypeError):
+            raise Damaged(f"{self.path} {fault}, and there is no previous generation", None) from None
+
+    @contextmanager
+    def _locked(self, name: str, what: str) -> Iterator[None]:
+        path = os.path.join(self._directory, name)
+        lock = FileLock(
+            path,
+            timeout=max(0.0, self._deadline - time.monotonic()),
+            mode=0o600,
+            poll_interval=POLL_SECONDS,
+            preserve_lock_file=True,  # and no soft lock where flock is missing: it would outlive a killed process
+            on_acquired=lambda descriptor: _sign(descriptor, what),
+        )
+        try:
+            lock.acquire()
+        except Timeout:
+            raise LockTimeoutError(f"{path} is held by {_holder(path)}; end that process if it is stuck") from None
+        except OSError as error:
+            raise NodeError(f"cannot use the state directory {self._directory}: {error.strerror}") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def _read(path: str) -> State:
+    with open(path, "rb") as file:
+        text = file.read().decode()
+    head, separator, body = text.partition(',"state":')
+    if not separator or not body.endswith("}\n"):
+        raise ValueError("cut short")
+    body = body[:-2]
+    if json.loads(head + "}") != {"crc32": zlib.crc32(body.encode())}:
+        raise ValueError("checksum does not match")
+    data: dict[str, Any] = json.loads(body)
+    if data.get("schema") != inventory.SCHEMA:
+        raise NodeError(
+            f"{path} has schema {data.get('schema')}, this RMS knows {inventory.SCHEMA}: "
+            "install the RMS that wrote it, or move the file away while no job runs"
+        )
+    return inventory.from_json(data)
+
+
+def _sign(descriptor: int, what: str) -> None:
+    # Only for the message of whoever waits too long; a full disk must not make a lock fail.
+    with suppress(OSError):
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"pid {os.getpid()} ({what})".encode(), 0)
+
+
+def _holder(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read(200) or "an unknown process"
+    except OSError:
+        return "an unknown process"
