@@ -521,8 +521,8 @@ def main(arguments: Sequence[str]) -> int:
         from rms import loop
 
         # A user's name may be any bytes; it is only compared.
-        lines = open(sys.stdin.fileno(), encoding="utf-8", errors="surrogateescape", closefd=False)
-        return loop.run(lines, sys.stdout, choose, options.gpus)
+        with open(sys.stdin.fileno(), encoding="utf-8", errors="surrogateescape", closefd=False) as lines:
+            return loop.run(lines, sys.stdout, choose, options.gpus)
     try:
         path = os.environ.get("RMS_CONFIG", configuration.DEFAULT_PATH)
         controller = Controller(configuration.load(path, configuration.node_name()), choose)

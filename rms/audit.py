@@ -12,7 +12,7 @@ from typing import Any
 
 
 class Audit:
-    """The log at `path`. A log that can't be written costs no job its instance: `fault` says what went wrong, if anything."""
+    """The log at `path`. `fault` says why it can't be written, if it can't: that costs no job its instance."""
 
     def __init__(self, path: str) -> None:
         self._path = path

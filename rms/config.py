@@ -22,7 +22,7 @@ class Simulated(NamedTuple):
 
 
 class Config(NamedTuple):
-    """All that a node needs to know. `%n` in a path stands for the node's Slurm name, so that one file serves many nodes."""
+    """All that a node needs to know. `%n` in a path stands for the node's Slurm name: one file serves many nodes."""
 
     gpus: tuple[str | int, ...]
     """The GPUs that RMS manages, by UUID or NVML index; it never opens another one."""

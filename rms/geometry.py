@@ -118,7 +118,7 @@ class Geometry:
         return {"slots": self.slots, "profiles": profiles, "configs": list(self.configs)}
 
     def find(self, name: str) -> Profile:
-        """The profile that a user's word means (`3g`, `3g.40gb`, `3g.39gb`). Raises RequestError naming the known ones."""
+        """The profile that a user's word means (`3g`, `3g.40gb`, `3g.39gb`). Raises RequestError, naming the known."""
         profile = self._names.get(name.lower())
         if profile is None:
             known = " ".join(p.name for p in self.profiles)

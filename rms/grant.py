@@ -2,7 +2,9 @@
 
     granted 0 65534 tin 3g.40gb:1   status, restart count, uid, cluster, request; then one MIG UUID a line, in order
     refused 1                       no instance for this run; the job must not run
-    none 0                          no MIG request; written by the Prolog's shell part
+    none 0                          no MIG request
+
+The Prolog's shell part writes the last two before anything else, so that a Prolog that is killed has refused.
 
 `slurm/task_prolog` reads it with nothing but the shell. A missing file means that no Prolog ran: Slurm 22.05 can start
 a requeued job without one (docs/slurm.md), which is why a refusal outlives its run's Epilog.

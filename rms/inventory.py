@@ -129,8 +129,9 @@ class Intent:
 
 @dataclass
 class State:
-    """All of it. `managed` is the config's list of GPUs when they were last read; `counter` gives generations and intents their numbers; `closed` maps a job to the last restart that
-    was released and when; `recent` holds submit time, request and limit (minutes) of the last requests."""
+    """All of it. `managed` is the config's list of GPUs when they were last read; `counter` gives generations and
+    intents their numbers; `closed` maps a job to the last restart that was released and when; `recent` holds submit
+    time, request and limit (minutes) of the last requests."""
 
     boot_id: str = ""
     managed: list[str | int] = field(default_factory=list)

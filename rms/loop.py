@@ -1,8 +1,8 @@
-"""The original tool's interface: `acquire USER SPEC` and `release USER` on standard input, `GPU CONFIG` on standard output.
+"""The original tool's interface: `acquire USER SPEC` and `release USER` on standard input, `GPU CONFIG` on its output.
 
 It plans for A100-80GB GPUs that exist only in memory; no node's state is read or changed. A GPU is provisioned when no
 other fits. CONFIG is the number, 1 to 19, of the layout that the policy has in mind for that GPU. A line that can't be
-served is answered with one line that begins with `error:`, and the loop goes on; a release that succeeds prints nothing.
+served is answered with one line that begins with `error:`, and the loop goes on. A release that succeeds is silent.
 """
 
 from __future__ import annotations

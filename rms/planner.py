@@ -62,7 +62,7 @@ class View(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """The one instance that is being placed: its profile, and when its job is expected to end (epoch, None if unknown)."""
+    """The one instance that is being placed: its profile, and when its job should end (epoch, None if unknown)."""
 
     profile: str
     end: float | None

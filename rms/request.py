@@ -80,7 +80,7 @@ def parse(spec: str, geometry: Geometry) -> Request:
 
 
 def parse_comment(comment: str) -> Ticket | None:
-    """What a job's comment asks of RMS; None where it does not begin with our tag. Raises RequestError if it does not parse."""
+    """What a job's comment asks of RMS; None where it lacks our tag. Raises RequestError if it does not parse."""
     if not comment.startswith(COMMENT_TAG):
         return None
     match = _COMMENT.match(comment)

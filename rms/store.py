@@ -73,7 +73,10 @@ class Store:
             yield
 
     def save(self, state: State) -> None:
-        """Keep `state`, on the disk before this returns; nothing is written if nothing changed. Raises NodeError (read-only, disk full); the old state stands then."""
+        """Keep `state`, on the disk before this returns; nothing is written if nothing changed.
+
+        Raises NodeError (read-only, disk full); the old state stands then.
+        """
         body = inventory.to_json(state)
         if body == self._body:
             return

@@ -1,10 +1,9 @@
 -- RMS inside slurmctld: checks a MIG request when a job is submitted, and guards it afterwards. A site's own
--- job_submit.lua calls submit() and modify(); job_submit.lua beside this file is an example. Lua 5.1 (Slurm 22.05) to 5.4.
---
--- What the user typed, say --gres=mig:3g, becomes
---   * counts that slurmctld itself adds up    gres:mig:3g.40gb:1,gres:migc:3,gres:migm:4   (compute and memory slices)
---   * a word to the node, in the comment      rms1:3g.40gb:1;s=<submit epoch>;l=<limit minutes>;<the user's own comment>
--- The comment is the one field that slurmd hands on to the Prolog, inside the signed credential: nobody may forge it.
+-- job_submit.lua calls submit() and modify(); the job_submit.lua beside this file is an example. For Lua 5.1 (Slurm
+-- 22.05) to 5.4. What the user typed, say --gres=mig:3g, becomes
+--   * counts that slurmctld itself adds up:  gres:mig:3g.40gb:1,gres:migc:3,gres:migm:4  (compute and memory slices)
+--   * a word to the node, in the comment:    rms1:3g.40gb:1;s=<submit epoch>;l=<limit minutes>;<user's own comment>
+-- The comment is the one field that slurmd hands to the Prolog, inside the signed credential: nobody may forge it.
 --
 -- All this runs under slurmctld's locks: no files, no processes, no waiting. And never an assignment to job.extra:
 -- slurmctld 22.05 frees it twice and aborts when the job is purged.
@@ -12,7 +11,7 @@
 local M = {}
 
 local PREFIX = "rms1:"
-local MAX_BYTES = 1024 -- of a comment or a gres string: slurmctld's own limit, which it applies after us, without a clear word
+local MAX_BYTES = 1024 -- of a comment or a gres string; slurmctld checks the same after us, but says no clear word
 local MAX_COUNT = 999
 local MAX_LIMIT = 999999999 -- minutes; beyond are only the marks for "not given" and "unlimited"
 local NOT_GIVEN = 4294967294 -- what slurmctld shows for a number that the user did not give
@@ -23,9 +22,9 @@ local WHOLE_GPU = { gpu = true, shard = true, mps = true }
 local site, limits -- the generated table rms_table.lua and what follows from it; nil without a usable one
 
 ---------------------------------------------------------------------------------------------------------------------
--- What an empty node can hold. site.fit lists the most that one empty GPU holds, as counts in the order of the profiles.
--- A node holds a request that can be shared out so that no GPU gets more than one line of `fit`. Sums of slices would
--- not do: 3g+3g+1g has seven compute slices, but after the two 3g no memory slice is left.
+-- What an empty node can hold. site.fit lists the most that one empty GPU holds, as counts in the order of the
+-- profiles. A request fits if it can be shared out so that no GPU gets more than one line of `fit`. Sums of slices
+-- would not do: 3g+3g+1g has seven compute slices, but after the two 3g no memory slice is left.
 
 local function dot(weights, counts)
     local sum = 0
@@ -43,9 +42,9 @@ local function most(weights, fit)
     return cap
 end
 
--- Inequalities that hold for whatever is on one GPU: weights of the profiles with a cap, such as memory slices
--- (1 1 2 2 4 4 8, cap 8) or pairs of them, each weight then raised as far as the cap allows. They only speed the search up:
--- without them it took up to 330 ms for 16 GPUs. On an A100 there are seven, and a request that obeys them all also fits.
+-- Inequalities that hold for whatever is on one GPU: a weight for each profile and a cap, such as memory slices
+-- (1 1 2 2 4 4 8, cap 8) or pairs of them, each weight then raised as far as the cap allows. They make the search
+-- quick: for 16 GPUs 330 ms were seen without them, and 4 ms with them. On an A100 there are seven.
 local function find_limits(profiles, fit)
     local found, seen = {}, {}
     local function add(weights, first)
@@ -67,7 +66,11 @@ local function find_limits(profiles, fit)
         end
     end
     for _, size in ipairs({ "compute", "memory" }) do
-        for divisor = 1, profiles[#profiles][size] do
+        local largest = 1
+        for _, profile in ipairs(profiles) do
+            largest = math.max(largest, profile[size])
+        end
+        for divisor = 1, largest do
             for first = 1, #profiles do
                 local weights = {}
                 for i, profile in ipairs(profiles) do
@@ -89,7 +92,7 @@ local function obeys_limits(need, gpus)
     return true
 end
 
--- Exact: fills GPU after GPU, each with the largest profile still needed and with every line of `fit` that has it.
+-- Exact: fills GPU after GPU, each with the largest profile still needed, trying every line of `fit` that has it.
 -- need: counts in the order of site.profiles.
 local function fits(need, gpus)
     local too_few = {} -- by need: so many GPUs were found not to be enough
@@ -129,6 +132,15 @@ local function starts(text, beginning)
     return text ~= nil and text:sub(1, #beginning) == beginning
 end
 
+local function mentions_mig(job) -- or migraine: read_request knows
+    for _, field in ipairs(TRES) do
+        if (job[field] or ""):lower():find("mig", 1, true) then
+            return true
+        end
+    end
+    return false
+end
+
 local function shown(text) -- the user's words in a message: they also go to slurmctld's log
     return "'" .. text:sub(1, 60):gsub("[%c\127-\255]", "?") .. "'"
 end
@@ -145,7 +157,7 @@ end
 local function read_spec(spec)
     local word, count, more = spec:match("^([^:=]*)[:=]?([^:=]*)(.*)$")
     local profile = site.alias[word]
-    if not profile and count == "" and word:match("^[+-]?%d*%a?$") then -- mig, mig:2, mig:1k: Slurm would take any profile
+    if not profile and (word == "" or count == "" and word:match("^[+-]?%d*[kmtp]?$")) then -- Slurm would take any
         return nil, "say which profile, as in --gres=mig:PROFILE:COUNT; known: " .. known_profiles()
     elseif not profile then
         return nil, "unknown profile " .. shown(word) .. "; known: " .. known_profiles()
@@ -160,18 +172,22 @@ local function read_spec(spec)
     return profile, number
 end
 
--- What the job asks for: { order = {names}, counts = {by name}, form = "gres:", others = {items left as they are} }, or nil
--- where it is not MIG, or nil and the problem.
+-- What the job asks for, or nil where it asks for no MIG, or nil and the problem. The request: order (names as first
+-- seen), counts (by name), form (what an item begins with), others (items that are none of ours, as they were), short
+-- (whether an item was not yet in the full form).
 local function read_request(job)
-    local request = { order = {}, counts = {}, others = {} }
-    local whole_gpu
+    if not mentions_mig(job) then
+        return nil
+    end
+    local request, whole_gpu = { order = {}, counts = {}, others = {} }, nil
     for _, field in ipairs(TRES) do
         local text = job[field] or ""
         if #text > MAX_BYTES then
             return nil, ("the gres request is longer than %d bytes"):format(MAX_BYTES)
         end
         for item in text:gmatch("[^,]+") do
-            -- gres:mig:3g.40gb:1 up to 23.02, gres/mig:... later; slurmctld looks for "gres:" anywhere in an item, so must we
+            -- "gres:mig:3g.40gb:1", in newer releases "gres/mig:..."; slurmctld 22.05 takes what follows "gres:"
+            -- wherever that stands in the item, so xgres:mig:... is ours, too
             local form, rest = item:lower():match("^.*(gres[:/])(.*)$")
             local name, spec = (rest or item:lower()):match("^%s*([^:=%s]*)%s*[:=]?%s*(.-)%s*$")
             if COUNTED[name] then
@@ -180,7 +196,7 @@ local function read_request(job)
                 if field ~= "tres_per_node" then
                     return nil, "mig can only be asked for by node; use --gres=mig:PROFILE:COUNT"
                 elseif not site then
-                    return nil, "mig jobs can't be admitted, rms_table.lua is missing or broken; please tell the administrators"
+                    return nil, "mig can't be had now, rms_table.lua is missing or broken; please tell the administrators"
                 end
                 local profile, count = read_spec(spec)
                 if not profile then
@@ -191,7 +207,8 @@ local function read_request(job)
                 end
                 request.counts[profile] = (request.counts[profile] or 0) + count
                 request.form = request.form or form or ""
-            else
+                request.short = request.short or item ~= ("%smig:%s:%d"):format(form or "", profile, count)
+            elseif name ~= "" then -- nothing after a comma
                 whole_gpu = WHOLE_GPU[name] and name or whole_gpu
                 if field == "tres_per_node" then
                     table.insert(request.others, item)
@@ -207,24 +224,10 @@ local function read_request(job)
     return request
 end
 
-local function check_room(request)
-    local need, asked = {}, {}
-    for i, profile in ipairs(site.profiles) do
-        need[i] = request.counts[profile.name] or 0
-    end
-    if not fits(need, site.gpus) then
-        for i, name in ipairs(request.order) do
-            asked[i] = name .. ":" .. request.counts[name]
-        end
-        local text = "%s is more than an empty node can place (it has %d GPUs %s)"
-        return text:format(table.concat(asked, ","), site.gpus, site.model)
-    end
-end
-
 ---------------------------------------------------------------------------------------------------------------------
 -- The two calls.
 
--- The user's own part of a comment: whatever looks like our prefix is taken off, e.g. from a comment copied from an old job.
+-- The user's own part of a comment: all that looks like our prefix is taken off (it may be copied from an old job).
 local function own_part(comment)
     local from = 1
     while comment:find("^" .. PREFIX, from) do
@@ -236,38 +239,40 @@ end
 
 local function check_submit(job)
     local comment = job.comment or ""
-    if #comment > MAX_BYTES then
+    if starts(comment, PREFIX) and #comment > MAX_BYTES then -- slurmctld would refuse it, too; own_part would take long
         return ("the comment is %d bytes too long (at most %d)"):format(#comment - MAX_BYTES, MAX_BYTES)
     end
     local own = own_part(comment)
     local request, problem = read_request(job)
-    if problem then
-        return problem
-    elseif not request then
-        if own ~= comment then
+    if not request then
+        if own ~= comment and not problem then
             job.comment = own
         end
-        return
-    end
-    if job.min_nodes and job.min_nodes ~= NOT_GIVEN and job.min_nodes > 1 then
-        return "a job with mig runs on one node; this one asks for more (-N, -w, or tasks per node)"
-    end
-    problem = check_room(request)
-    if problem then
         return problem
     end
 
-    local compute, memory, words, gres = 0, 0, {}, request.others
-    for _, profile in ipairs(site.profiles) do
-        local count = request.counts[profile.name] or 0
-        compute, memory = compute + count * profile.compute, memory + count * profile.memory
+    local need, compute, memory = {}, 0, 0
+    for i, profile in ipairs(site.profiles) do
+        need[i] = request.counts[profile.name] or 0
+        compute, memory = compute + need[i] * profile.compute, memory + need[i] * profile.memory
     end
+    local words, gres = {}, request.others
     for i, name in ipairs(request.order) do
         words[i] = ("%s:%d"):format(name, request.counts[name]) -- the count always: to slurmctld, 3g alone is a number
         table.insert(gres, request.form .. "mig:" .. words[i])
     end
     table.insert(gres, ("%smigc:%d"):format(request.form, compute))
     table.insert(gres, ("%smigm:%d"):format(request.form, memory))
+
+    if not fits(need, site.gpus) then
+        local text = "%s is more than an empty node can place (it has %d GPUs %s)"
+        return text:format(table.concat(words, ","), site.gpus, site.model)
+    elseif job.min_nodes and job.min_nodes ~= NOT_GIVEN and job.min_nodes > 1 then
+        return "a job with mig runs on one node; this one asks for more (-N, -w or tasks per node)"
+    elseif request.short and (job.argc or 0) > 0 and not job.script then
+        -- srun, which asks for its step by itself, with what the user typed: that would fail once the job has started
+        return "srun needs the full form, --gres=mig:" .. table.concat(words, ",mig:")
+    end
     local minutes = job.time_limit or 0
     if minutes > MAX_LIMIT then
         minutes = 0
@@ -301,22 +306,19 @@ local function check_modify(job, record)
             return "a job with mig stays on one node"
         end
     end
-    local prefix = record.comment:match("^" .. PREFIX .. "[^;]*;s=%d+;l=%d+;") or PREFIX
+    local prefix = record.comment:match("^" .. PREFIX .. "[^;]*;s=%d+;l=%d+;") or record.comment
     if job.comment and not starts(job.comment, prefix) then
         return "the comment of a job with mig must keep its beginning, " .. prefix
     end
 end
 
--- Runs a check and answers slurmctld, for which an error in lua would be a yes [seen in 22.05]. If we fail ourselves, only what
--- has to do with mig is refused.
+-- Runs a check and answers slurmctld. An error that reached slurmctld would be a yes (seen in 22.05); so if we fail
+-- ourselves, we refuse, but only what has to do with mig.
 local function answer(check, job, record)
     local ok, problem = pcall(check, job, record)
     if not ok then
         slurm.log_error("rms: internal error: %s", tostring(problem))
-        local ours = starts(job.comment, PREFIX) or record and starts(record.comment, PREFIX)
-        for _, field in ipairs(TRES) do
-            ours = ours or (job[field] or ""):lower():find("mig", 1, true)
-        end
+        local ours = mentions_mig(job) or starts(job.comment, PREFIX) or record and starts(record.comment, PREFIX)
         problem = ours and "internal error, see slurmctld's log; please tell the administrators"
     end
     if not problem then
@@ -341,15 +343,16 @@ function M.modify(job, record, parts, uid)
     return rc
 end
 
-local ok, loaded = pcall(require, "rms_table")
-if ok then
-    site, ok, loaded = loaded, pcall(function()
-        return find_limits(loaded.profiles, loaded.fit)
-    end)
-    limits = loaded
+local function load_site()
+    local loaded = require("rms_table")
+    assert(type(loaded) == "table" and loaded.gpus and loaded.model and loaded.alias, "not a table of ours")
+    return loaded, find_limits(loaded.profiles, loaded.fit)
 end
-if not ok then
-    site = nil
+
+local ok, loaded, found = pcall(load_site)
+if ok then
+    site, limits = loaded, found
+else
     slurm.log_error("rms: rms_table.lua can't be used, so jobs with mig will be refused: %s", tostring(loaded))
 end
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from throwaway import Cluster, ClusterError, missing
 
+pytestmark = pytest.mark.slurm
 if missing() and "CI" not in os.environ:
     pytest.skip(f"Slurm is not installed: {missing()}", allow_module_level=True)
 

@@ -70,7 +70,7 @@ def missing() -> list[str]:
 class Cluster:
     """One Slurm cluster with the nodes n1, n2, ...; a context manager.
 
-    `gres` is the Gres= of every node. `hooks` are slurm.conf keys with the program's path (Prolog, Epilog, ...).
+    `gres` is the Gres= of every node. `hooks` are slurm.conf keys with a path (Prolog, Epilog, ...).
     `files` are written beside slurm.conf; a job_submit.lua there is switched on. `extra_conf` has lines of
     slurm.conf that replace ours of the same key; nodes come on top. `cred_expire` is in seconds (Slurm's own
     default is 120). Without a `root` a temporary directory is made, and removed at the end.
@@ -103,6 +103,7 @@ class Cluster:
         self._cred_expire, self._scheduler = cred_expire, scheduler
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self._clients: list[subprocess.Popen[str]] = []
+        self._before = {os.getpid()}  # processes that look like ours but were there before us
 
     # -- life
 
@@ -123,6 +124,7 @@ class Cluster:
             raise ClusterError(f"Slurm is not installed: apt-get install {' '.join(lacking)}")
         self._guard()
         try:
+            self._before |= set(self.processes())
             self._prepare()
             for name in ("munged", "slurmctld", *self.nodes):
                 self.start_daemon(name, timeout)
@@ -205,7 +207,7 @@ class Cluster:
         """Runs a command as root or as that user; with `check`, failing is a ClusterError with its stderr."""
         try:
             done = subprocess.run(
-                _as_user(argv, user), input=input or "", text=True, capture_output=True, timeout=timeout,
+                _as_user(argv, user), input=input or "", text=True, capture_output=True, check=False, timeout=timeout,
                 env=self.environment(user, env), cwd=user.work if user else self.root,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
@@ -275,7 +277,8 @@ class Cluster:
     def processes(self) -> list[int]:
         """Every process of this cluster, from the daemons to what a job left behind.
 
-        Known by SLURM_CONF in its environment (Slurm hands it on to hooks and tasks), or by its parent.
+        Known by SLURM_CONF in its environment (Slurm hands it on to hooks and tasks), or by its parent. Whoever
+        called us may have that variable too, so what ran before the start does not count.
         """
         mark = f"SLURM_CONF={self.conf}".encode()
         parents: dict[int, int] = {}
@@ -289,9 +292,10 @@ class Cluster:
                 parents[pid] = int(parent)
                 if mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
                     ours.add(pid)
+        ours -= self._before
         while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
             ours |= more
-        return sorted(ours - {os.getpid(), os.getppid()})
+        return sorted(ours)
 
     # -- inside
 

@@ -1,0 +1,236 @@
+"""The Prolog and the Epilog of a job that asks for MIG: `python -I -m slurm.hook prolog|epilog CONFIG SLURM_CONF`.
+
+Called by the shell scripts beside this file, as root, with slurmd's environment. Whose fault it was decides what
+happens: no room is nobody's (the job goes back to the queue), a request that can't be is the user's (the job is
+cancelled with a message), everything else is the node's (it is drained, the job is requeued). The exit code is 0 in
+all three; another one makes Slurm drain the node and hold the job, which is right only if slurmctld can't be told.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import syslog
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, NamedTuple
+
+import controller
+from rms import config as configuration
+from rms import grant
+from rms.config import Config
+from rms.errors import ClosedRunError, NodeError, NoRoomError, RequestError, RmsError
+from rms.inventory import Run
+from rms.request import Ticket, parse_comment, printable
+
+if TYPE_CHECKING:
+    from slurm.slurmctld import Job, Slurmctld
+
+RETRY_SECONDS = 10
+"""How soon a job without room is tried again, where Slurm allows it."""
+HOOKS_SECONDS = 10
+"""What is added to a credential's life: this Prolog's end and the Epilog fall into it."""
+POLL_SECONDS = 1.0
+"""How often a waiting Prolog looks for room, and whether its job still exists."""
+
+
+class Hook(NamedTuple):
+    """What slurmd tells a hook."""
+
+    node: str
+    run: Run
+    uid: int
+    comment: str
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str]) -> Hook:
+        """Raises NodeError where slurmd's variables are missing or make no sense."""
+
+        def number(name: str, default: str | None = None) -> int:
+            text = environment.get(name, default) or ""
+            if not (text.isascii() and text.isdigit() and len(text) < 11):
+                raise NodeError(f"{name} is {printable(text)!r}, not a number: is this run by slurmd?")
+            return int(text)
+
+        run = Run(
+            environment.get("SLURM_CLUSTER_NAME", "") or "cluster",
+            number("SLURM_JOB_ID"),
+            number("SLURM_JOB_RESTART_COUNT", "0"),
+        )
+        return cls(configuration.node_name(), run, number("SLURM_JOB_UID"), environment.get("SLURM_JOB_COMMENT", ""))
+
+
+class Log:
+    """One line to syslog, and to the file that the configuration names."""
+
+    def __init__(self, verb: str) -> None:
+        self.path = ""
+        self._verb = verb
+        self._job = "-"
+
+    def about(self, run: Run) -> None:
+        """Whose lines the following are."""
+        self._job = str(run)
+
+    def __call__(self, text: str) -> None:
+        line = f"{self._verb}: job {self._job}: {printable(text, 900)}"
+        syslog.syslog(syslog.LOG_NOTICE, line)
+        if self.path:
+            with suppress(OSError), open(self.path, "a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {line}\n")
+
+
+def prolog(hook: Hook, config: Config, slurm_conf: str, log: Log) -> int:
+    """Give the job its instances, or see to it that it does not run. Returns the exit code. Raises RmsError."""
+    began = time.monotonic()
+    ticket = parse_comment(hook.comment)
+    if ticket is None:
+        raise RequestError("the job has no MIG request")  # the shell part sends no such job here
+    try:
+        granted = _acquire(hook, config, ticket, log)
+    except NoRoomError as error:
+        waited = _refuse(hook, config, ticket, slurm_conf, log, str(error))
+        if isinstance(waited, int):
+            return waited
+        granted = waited
+    places = ", ".join(f"GPU {g.number} {g.placement} {g.uuid}" for g in granted)
+    log(f"granted {ticket.request} in {time.monotonic() - began:.3f} s: {places}")
+    return 0
+
+
+def epilog(hook: Hook, config: Config, log: Log) -> int:
+    """Take back what the job has, if anything. Returns the exit code. Raises RmsError."""
+    began = time.monotonic()
+    local = controller.Controller(config, log=log)
+    for run in _ending(hook, config, local):
+        local.release(run)
+        log(f"released run {run} in {time.monotonic() - began:.3f} s")
+    return 0
+
+
+def _ending(hook: Hook, config: Config, local: controller.Controller) -> list[Run]:
+    """The run that this Epilog ends. The restart count that slurmd tells is not it: after a requeue (by anybody) the
+    Epilog of run N is told N + 1, as seen on 22.05.8. What the run's own Prolog has left is right."""
+    if left := grant.read(config.run_dir, hook.run.job):
+        return [hook.run._replace(restart=left.restart)]
+    return [a.run for a in local.inspect().of_job(hook.run) if a.run.restart <= hook.run.restart]
+
+
+def _acquire(hook: Hook, config: Config, ticket: Ticket, log: Log) -> list[controller.Granted]:
+    local = controller.Controller(config, controller.choose, log)
+    return local.acquire(hook.run, hook.uid, ticket.request, ticket.submit, ticket.limit)
+
+
+def _refuse(
+    hook: Hook, config: Config, ticket: Ticket, slurm_conf: str, log: Log, why: str
+) -> list[controller.Granted] | int:
+    """No room: back to the queue with a batch job. Who can't be requeued waits here for a while.
+
+    Returns what the job was given after all, or the exit code.
+    """
+    from slurm.slurmctld import Slurmctld, SlurmError
+
+    slurmctld = Slurmctld(slurm_conf)
+    until = time.monotonic() + config.interactive_wait_seconds
+    while True:
+        fault = ""
+        job: Job | None = None
+        try:
+            job = slurmctld.job(hook.run.job)
+            if job is None:
+                log(f"{why}; the job is gone")
+                return 0
+            if job.batch:
+                _requeue(slurmctld, job, log, why)
+                return 0
+        except SlurmError as error:
+            fault = str(error)
+        if time.monotonic() > until:
+            break
+        time.sleep(POLL_SECONDS)
+        with suppress(NoRoomError):
+            return _acquire(hook, config, ticket, log)
+    if fault or job is None:
+        log(f"{why}, and slurmctld can't be told: {fault}")
+        return 1
+    log(f"{why} in {config.interactive_wait_seconds:g} s; cancelled, since only batch jobs can wait in the queue")
+    slurmctld.cancel(job, f"rms: {why} on {hook.node}; try again later, or use sbatch, which waits in the queue")
+    return 0
+
+
+def _requeue(slurmctld: Slurmctld, job: Job, log: Log, why: str) -> None:
+    life = slurmctld.credential_seconds()
+    delay = RETRY_SECONDS if life is None else life + HOOKS_SECONDS
+    slurmctld.requeue(job, delay)
+    log(f"{why}; requeued, to start in {delay} s at the earliest")
+    # The order to end reaches slurmd a moment after the command: until then this Prolog must not end.
+    time.sleep(1)
+
+
+def _cancel(hook: Hook, slurm_conf: str, log: Log, why: str) -> int:
+    """The user's fault: the job ends, the user is told."""
+    from slurm.slurmctld import Slurmctld, SlurmError
+
+    log(f"cancelled: {why}")
+    try:
+        slurmctld = Slurmctld(slurm_conf)
+        if job := slurmctld.job(hook.run.job):
+            slurmctld.cancel(job, f"rms: {why}")
+    except SlurmError as error:
+        log(f"cannot cancel the job ({error}); it will not run all the same: it has no grant")
+    return 0
+
+
+def _drain(hook: Hook | None, slurm_conf: str, log: Log, why: str, starting: bool) -> int:
+    """The node's fault: nothing more starts here; a job that was starting goes back to the queue."""
+    from slurm.slurmctld import Slurmctld, SlurmError
+
+    log(f"draining this node: {why}")
+    try:
+        slurmctld = Slurmctld(slurm_conf)
+        slurmctld.drain(configuration.node_name(), f"rms: {printable(why, 200)}")
+        if starting and hook and (job := slurmctld.job(hook.run.job)):
+            if job.batch:
+                _requeue(slurmctld, job, log, "node drained")
+            else:
+                slurmctld.cancel(job, f"rms: node {hook.node} is out of order; try again")
+        return 0
+    except SlurmError as error:
+        log(f"cannot tell slurmctld: {error}")
+        return 1
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one hook. Returns its exit code."""
+    verb, config_path, slurm_conf = arguments
+    starting = verb == "prolog"
+    log = Log(verb)
+    syslog.openlog("rms", syslog.LOG_PID, syslog.LOG_DAEMON)
+    hook = None
+    config = None
+    try:
+        hook = Hook.read(os.environ)
+        log.about(hook.run)
+        config = configuration.load(config_path.replace("%n", hook.node), hook.node)
+        log.path = config.hook_log
+        return prolog(hook, config, slurm_conf, log) if starting else epilog(hook, config, log)
+    except ClosedRunError as error:
+        log(str(error))  # an orphan of a run that is over: its job is no longer this one's business
+        return 0
+    except RequestError as error:
+        fault, blame = str(error), _cancel
+    except RmsError as error:
+        fault, blame = str(error), None
+    except Exception as error:  # a bug must not become a held job with an empty reason
+        fault, blame = f"internal error: {type(error).__name__}: {error}", None
+    if starting and hook and config:
+        with suppress(RmsError, OSError):
+            grant.refuse(config.run_dir, hook.run)
+    if blame is not None and hook is not None:
+        return blame(hook, slurm_conf, log, fault)
+    return _drain(hook, slurm_conf, log, fault, starting)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

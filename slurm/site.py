@@ -1,0 +1,127 @@
+"""What a site puts into its Slurm configuration, made for its GPUs: `rms slurm-config`.
+
+The hooks are shell scripts with absolute paths written into them, since slurmd gives them neither PATH nor anything of
+ours; the lua gets a table of the profiles and of what one empty GPU can hold.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+
+from rms import config, geometry
+from rms.errors import NodeError, RequestError
+from rms.geometry import Geometry
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+HOOKS = {"Prolog": "prolog", "Epilog": "epilog", "TaskProlog": "task_prolog"}
+
+
+def files(model: str, gpus: int, nodes: str, config_path: str, slurm_conf: str) -> dict[str, str]:
+    """Every file of a site by its name, to lie beside slurm.conf: the hooks, the lua, and the lines for slurm.conf.
+
+    Raises RequestError on an unknown model or a count below 1, NodeError if the configuration exists and can't be read.
+    """
+    if gpus < 1:
+        raise RequestError(f"--gpus is {gpus}; a node has 1 or more")
+    known = geometry.load(model)
+    directory = os.path.dirname(slurm_conf)
+    run_dir = config.load(config_path, "%n").run_dir if os.path.exists(config_path) else config.Config(()).run_dir
+    values = {
+        "@PYTHON@": shlex.quote(sys.executable),
+        "@CONFIG@": shlex.quote(config_path),
+        "@SLURM_CONF@": shlex.quote(slurm_conf),
+        "@RUN_DIR@": _shell(run_dir),
+        "@BIN@": shlex.quote(os.path.dirname(_which("scontrol"))),
+        "@DIR@": directory,
+    }
+    made = {name: _fill(name, values) for name in (*HOOKS.values(), "job_submit.lua", "rms.lua")}
+    made["rms_table.lua"] = table(known, gpus)
+    made["slurm.conf.rms"] = settings(known, gpus, nodes, directory)
+    return made
+
+
+def settings(known: Geometry, gpus: int, nodes: str, directory: str) -> str:
+    """The lines that slurm.conf needs."""
+    hooks = "".join(f"{option}={os.path.join(directory, name)}\n" for option, name in HOOKS.items())
+    return f"""\
+# RMS, for {gpus} x {known.model} per node; printed by `rms slurm-config`
+GresTypes=mig,migc,migm
+JobSubmitPlugins=lua
+PrologFlags=Alloc,Contain
+{hooks}# on the line of these nodes, beside what it says of CPUs and memory:
+NodeName={nodes} Gres={gres(known, gpus)}
+"""
+
+
+def gres(known: Geometry, gpus: int) -> str:
+    """What a node with `gpus` GPUs has: of each profile as many as fit alone, and the slices that all of them share."""
+    mig = ",".join(f"mig:{profile.name}:{profile.limit * gpus}" for profile in known.profiles)
+    return f"{mig},migc:{compute(known) * gpus},migm:{known.slots * gpus}"
+
+
+def compute(known: Geometry) -> int:
+    """The compute slices of one GPU: those of its largest profile."""
+    return max(profile.compute for profile in known.profiles)
+
+
+def table(known: Geometry, gpus: int) -> str:
+    """The lua table of the profiles: names, slices, and the maximal count vectors of one empty GPU."""
+    names = [profile.name for profile in known.profiles]
+    fit = sorted(known.frontier(names, tuple(profile.limit for profile in known.profiles)), reverse=True)
+    profiles = "\n".join(
+        f'    {{ name = "{p.name}", compute = {p.compute}, memory = {p.memory} }},' for p in known.profiles
+    )
+    alias = "\n".join(f'    ["{word}"] = "{name}",' for word, name in known.names().items())
+    vectors = "\n".join(f"    {{ {', '.join(str(n) for n in vector)} }}," for vector in fit)
+    return f"""\
+-- Made by `rms slurm-config --model {known.model} --gpus {gpus}`; used by rms.lua. Do not edit: make it again.
+return {{
+  model = "{known.model}",
+  gpus = {gpus}, -- of one node
+  profiles = {{
+{profiles}
+  }},
+  alias = {{ -- every accepted name, in lower case
+{alias}
+  }},
+  fit = {{ -- the most that one empty GPU holds: how many of each profile, in the order above
+{vectors}
+  }},
+}}
+"""
+
+
+def write(made: Mapping[str, str], directory: str) -> None:
+    """Put the files into `directory`, hooks executable. Raises NodeError."""
+    try:
+        os.makedirs(directory, exist_ok=True)
+        for name, text in made.items():
+            path = os.path.join(directory, name)
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(path, 0o755 if name in HOOKS.values() else 0o644)
+    except OSError as error:
+        raise NodeError(f"cannot write to {directory}: {error.strerror}") from error
+
+
+def _fill(name: str, values: Mapping[str, str]) -> str:
+    with open(os.path.join(HERE, name), encoding="utf-8") as file:
+        text = file.read()
+    for placeholder, value in values.items():
+        text = text.replace(placeholder, value)
+    return text
+
+
+def _shell(path: str) -> str:
+    """A path for a shell script, `%n` being the node's name, which slurmd puts into every hook's environment."""
+    return '"$SLURMD_NODENAME"'.join(shlex.quote(part) for part in path.split("%n"))
+
+
+def _which(program: str) -> str:
+    for directory in ["/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin", "/opt/slurm/bin"]:
+        if os.access(os.path.join(directory, program), os.X_OK):
+            return os.path.join(directory, program)
+    return f"/usr/bin/{program}"  # printed on a machine without Slurm, for one that has it in the usual place

@@ -1,0 +1,121 @@
+"""Asking and telling slurmctld, by Slurm's own commands. Only the rare paths of a hook come here.
+
+Every command has a deadline: with slurmctld down `scontrol` blocks for 20 s and more.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from contextlib import suppress
+from typing import NamedTuple
+
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+class SlurmError(Exception):
+    """A Slurm command failed, or did not answer in time. The text is its message."""
+
+
+class Job(NamedTuple):
+    """A job as slurmctld sees it. `name` is what commands must be given: `scontrol requeue 45` would requeue the whole
+    array 45 where the task that runs under the id 45 is meant, so tasks of arrays are called `45_3`."""
+
+    name: str
+    state: str
+    batch: bool
+    requeue: bool
+
+
+class Slurmctld:
+    """The slurmctld of a slurm.conf."""
+
+    def __init__(self, slurm_conf: str, seconds: float = 25.0) -> None:
+        self._environment = {"PATH": PATH, "SLURM_CONF": slurm_conf, "LC_ALL": "C"}
+        self._seconds = seconds
+
+    def job(self, job_id: int) -> Job | None:
+        """The job with this id; None if slurmctld knows none, or it has ended."""
+        fields = "JobID:20,JobArrayID:60,State:20,BatchFlag:10,Requeue:10"
+        try:
+            output = self._run("squeue", "--noheader", "--states=all", f"--jobs={job_id}", f"--Format={fields}")
+        except SlurmError as error:
+            if "Invalid job id" in str(error):
+                return None
+            raise
+        for line in output.splitlines():
+            words = line.split()
+            if len(words) == 5 and words[0] == str(job_id) and words[2] not in ENDED:
+                return Job(words[1], words[2], words[3] == "1", words[4] == "1")
+        return None
+
+    def requeue(self, job: Job, delay: int) -> None:
+        """Put a running batch job back in the queue, to start `delay` seconds from now at the earliest.
+
+        The order is what Slurm takes: the start time can only be set once the job is no longer running, and a job
+        submitted with --no-requeue must be allowed it for a moment.
+        """
+        if not job.requeue:
+            self._update(job, "Requeue=1")
+        self._run("scontrol", "requeue", job.name)
+        self._update(job, f"StartTime=now+{delay}")
+        if not job.requeue:
+            self._update(job, "Requeue=0")
+
+    def cancel(self, job: Job, message: str) -> None:
+        """End a job and tell its user why."""
+        with suppress(SlurmError):  # only a job with somebody to tell can be told
+            self._run("scontrol", "notify", job.name, message)
+        self._run("scancel", job.name)
+
+    def drain(self, node: str, reason: str) -> None:
+        """Let no more jobs start on a node."""
+        self._run("scontrol", "update", f"NodeName={node}", "State=DRAIN", f"Reason={reason}")
+
+    def credential_seconds(self) -> int | None:
+        """How long this Slurm may mistake a requeued job's new start for the old one; None if it never does.
+
+        Before 23.02.7 slurmd can start a job that comes back within its credential's life without running the Prolog.
+        """
+        settings = dict(re.findall(r"^(\w+)\s*=\s*(.*)$", self._run("scontrol", "show", "config"), re.MULTILINE))
+        version = [int(part) for part in re.findall(r"\d+", settings.get("SLURM_VERSION", "0"))[:3]]
+        if version >= [23, 2, 7]:
+            return None
+        expire = re.search(r"cred_expire=(\d+)", settings.get("AuthInfo", ""))
+        return int(expire[1]) if expire else 120
+
+    def _update(self, job: Job, setting: str) -> None:
+        self._run("scontrol", "update", f"JobId={job.name}", setting)
+
+    def _run(self, *command: str) -> str:
+        try:
+            done = subprocess.run(
+                command,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=self._seconds,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise SlurmError(f"{command[0]}: {error}") from error
+        if done.returncode != 0:
+            raise SlurmError(f"{' '.join(command[:2])}: {' '.join(done.stderr.split()) or f'exit {done.returncode}'}")
+        return done.stdout
+
+
+ENDED = {
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "TIMEOUT",
+    "COMPLETING",
+}
+"""States in which a job needs no instance any more."""

@@ -1,0 +1,244 @@
+"""What many tests share: a node of its own in a directory, with fast simulated GPUs, and checks of all that it shows."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import controller as local
+from rms import config, grant, planner
+from rms.geometry import Placement
+from rms.inventory import Run, State
+from rms.simulated import SimulatedDevice
+from rms.store import Store
+
+# The same examples on every run: a red test stays red until the code is mended.
+settings.register_profile(
+    "rms", derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+)
+settings.load_profile("rms")
+
+
+class Node:
+    """A node: its rms.toml, its simulated GPUs, and the controller in this process or as one of its own."""
+
+    def __init__(self, root: Path, **settings: Any) -> None:
+        self.root = root
+        self.settings: dict[str, Any] = {
+            "gpus": [0, 1],
+            "state_dir": str(root / "state"),
+            "run_dir": str(root / "run"),
+            "audit_log": str(root / "audit.jsonl"),
+            "boot_id_file": str(root / "boot_id"),
+            "deadline_seconds": 20,
+            "holder_seconds": 0,
+        }
+        self.simulated: dict[str, Any] = {"file": str(root / "gpus.json"), "model": "A100-80GB", "gpus": 2}
+        self.toml = root / "rms.toml"
+        self.log: list[str] = []
+        (root / "state").mkdir(parents=True)
+        self.boot("first boot")
+        self.configure(**settings)
+
+    def boot(self, boot_id: str) -> None:
+        """Start again: another boot id, and nothing in /run."""
+        (self.root / "boot_id").write_text(f"{boot_id}\n")
+        shutil.rmtree(self.root / "run", ignore_errors=True)
+
+    def configure(self, **settings: Any) -> None:
+        """Write rms.toml, with some settings changed; those named `sim_...` belong to the simulated GPUs."""
+        for key, value in settings.items():
+            if key.startswith("sim_"):
+                self.simulated[key.removeprefix("sim_")] = value
+            else:
+                self.settings[key] = value
+        lines = [f"{key} = {json.dumps(value)}" for key, value in self.settings.items()]
+        lines += ["[simulated]", *(f"{key} = {json.dumps(value)}" for key, value in self.simulated.items())]
+        self.toml.write_text("".join(f"{line}\n" for line in lines))
+
+    @property
+    def config(self) -> config.Config:
+        """The configuration as the controller reads it."""
+        return config.load(str(self.toml), "n1")
+
+    def controller(self, choose: planner.Choose = planner.built_in) -> local.Controller:
+        """A controller in this process: its warnings go to `log`. One for each call, as in the hooks."""
+        return local.Controller(self.config, choose, self.log.append)
+
+    def acquire(self, job: int, spec: str, restart: int = 0, limit: int | None = None) -> list[local.Granted]:
+        """One acquire in this process."""
+        return self.controller().acquire(run(job, restart), 1000, spec, 1, limit)
+
+    def release(self, job: int, restart: int = 0) -> None:
+        """One release in this process."""
+        self.controller().release(run(job, restart))
+
+    def command(self, *arguments: str) -> list[str]:
+        """The command line of the controller."""
+        return [sys.executable, str(ROOT / "controller.py"), *arguments]
+
+    def environment(self, **more: str) -> dict[str, str]:
+        """The environment of the controller as a process."""
+        return {"RMS_CONFIG": str(self.toml), "PATH": "/usr/bin:/bin", **more}
+
+    def cli(self, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+        """`controller.py ARGUMENTS`, with these variables added to its environment."""
+        return subprocess.run(
+            self.command(*arguments),
+            env=self.environment(**more),
+            cwd="/",
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """`controller.py ARGUMENTS` in the background."""
+        return subprocess.Popen(
+            self.command(*arguments),
+            env=self.environment(),
+            cwd="/",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def state(self) -> State:
+        """The inventory as the file has it."""
+        with Store(self.config.state_dir, time.monotonic() + 20).open("test") as state:
+            return state
+
+    def device(self) -> SimulatedDevice:
+        """A session with all GPUs of the node, those that RMS does not manage included."""
+        sim = self.simulated
+        return SimulatedDevice(
+            sim["file"], sim["model"], sim["gpus"], range(sim["gpus"]), config.boot_id(self.config)
+        )
+
+    def journal(self) -> list[dict[str, Any]]:
+        """What the device was made to do."""
+        path = Path(f"{self.simulated['file']}.journal")
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def audit(self) -> list[dict[str, Any]]:
+        """The audit log."""
+        return [json.loads(line) for line in (self.root / "audit.jsonl").read_text().splitlines()]
+
+    def marker(self, job: int) -> Path:
+        """The file that tells the job's own side what its Prolog decided."""
+        return self.root / "run" / "jobs" / str(job)
+
+    def statuses(self) -> dict[str, str]:
+        """Status by placement, over all GPUs (`gpu number:placement`)."""
+        state = self.state()
+        return {f"{n}:{i.placement}": i.status for n, gpu in enumerate(state.gpus) for i in gpu.instances}
+
+    def check(self) -> None:
+        """All that must hold whenever no call is under way."""
+        state = self.state()
+        managed = [str(g) for g in open_gpus(self)]
+        device = self.device()
+        assert state.intents == []
+        assert all(a.granted for a in state.allocations), state.allocations
+        held = [g for a in state.allocations for g in a.instances]
+        assert len(held) == len(set(held)), "an instance belongs to two runs"
+        busy = [i.generation for gpu in state.gpus for i in gpu.instances if i.status == "busy"]
+        assert sorted(busy) == sorted(held), "busy without an allocation, or the other way round"
+        generations = [i.generation for gpu in state.gpus for i in gpu.instances]
+        assert len(generations) == len(set(generations))
+        for gpu in state.gpus:
+            assert gpu.uuid in managed or gpu.fault
+            records = {(i.gi, i.ci, i.uuid, i.placement) for i in gpu.instances}
+            actual = {(i.gi, i.ci, i.uuid, i.placement) for i in device.instances(gpu.uuid)}
+            assert records == actual, f"{gpu.uuid}: the inventory and the GPU differ"
+            assert all(i.status in ("idle", "busy", "quarantined") and i.intent is None for i in gpu.instances)
+        grants = grant.granted(self.config.run_dir)
+        assert set(grants) == {a.run.job for a in state.allocations}, "grants and allocations differ"
+        for allocation in state.allocations:
+            found = grants[allocation.run.job]
+            assert (found.restart, found.cluster) == (allocation.run.restart, allocation.run.cluster)
+            assert found.request == allocation.request
+            assert found.uuids == tuple(i.uuid for _, i in state.held(allocation)), "the grant is not what is held"
+        assert overlaps(self.journal()) == []
+
+    def check_empties(self) -> None:
+        """After every run is released, every GPU must be free for the whole of it again: nothing has leaked."""
+        for allocation in self.state().allocations:
+            self.release(allocation.run.job, allocation.run.restart)
+        self.check()
+        whole = self.device().geometry("").profiles[-1].name
+        count = len(open_gpus(self))
+        for number in range(count):
+            self.acquire(900_000 + number, whole)
+        self.check()
+        for number in range(count):
+            self.release(900_000 + number)
+        self.check()
+
+
+def run(job: int, restart: int = 0) -> Run:
+    """The run of a job."""
+    return Run("cluster", job, restart)
+
+
+def open_gpus(node: Node) -> list[str]:
+    """UUIDs of the GPUs that the node's configuration names."""
+    return list(local.open_device(node.config, config.boot_id(node.config)).gpus())
+
+
+def overlaps(journal: list[dict[str, Any]]) -> list[str]:
+    """What the device's own journal shows of overlapping instances, and of holes in the journal."""
+    found = []
+    there: dict[tuple[str, int], Placement] = {}
+    for entry in journal:
+        if entry["code"]:
+            continue
+        key = (entry["gpu"], entry["gi"])
+        if entry["op"] == "create_gpu_instance":
+            new = Placement(entry["profile"], entry["start"], entry["size"])
+            found += [
+                f"{new} over {old} on {gpu}"
+                for (gpu, _), old in there.items()
+                if gpu == entry["gpu"] and old.mask & new.mask
+            ]
+            there[key] = new
+        elif entry["op"] == "destroy_gpu_instance" and there.pop(key, None) is None:
+            found.append(f"{key} destroyed, but the journal does not have its making")
+    return found
+
+
+@pytest.fixture
+def fast_dir() -> Iterator[Path]:
+    """A directory in memory where there is one: what is tested is the order of writes, not the disk."""
+    parent = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    path = Path(tempfile.mkdtemp(prefix="rms-", dir=parent))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def node(fast_dir: Path) -> Node:
+    """A node with two simulated A100-80GB without latency."""
+    return Node(fast_dir / "node")
+
+
+@pytest.fixture
+def make_node(fast_dir: Path) -> Callable[..., Node]:
+    """Makes nodes with settings of their own."""
+    counter = iter(range(1000))
+    return lambda **settings: Node(fast_dir / f"node{next(counter)}", **settings)

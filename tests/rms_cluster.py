@@ -1,0 +1,52 @@
+"""A throw-away Slurm whose nodes are run by RMS, with simulated GPUs: for the demo, the tests and the benchmarks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from throwaway import Cluster
+
+from rms import geometry
+from slurm import site
+
+
+def rms_cluster(root: Path, *, nodes: int = 2, gpus: int = 2, model: str = "A100-80GB", create: float = 0.1,
+                destroy: float = 0.1, settings: str = "", **options: Any) -> Cluster:
+    """A cluster, not started, whose hooks, lua and gres are what `rms slurm-config` makes.
+
+    Each node keeps its files in `root`/<node>; `settings` are more lines for rms.toml, `options` go to Cluster.
+    """
+    etc = root / "etc"
+    etc.mkdir(parents=True)
+    config = etc / "rms.toml"
+    config.write_text(f"""\
+gpus = {list(range(gpus))}
+state_dir = "{root}/%n/state"
+run_dir = "{root}/%n/run"
+audit_log = "{root}/%n/audit.jsonl"
+hook_log = "{root}/%n/hooks.log"
+{settings}
+[simulated]
+file = "{root}/%n/gpus.json"
+model = "{model}"
+gpus = {gpus}
+create_seconds = {create}
+destroy_seconds = {destroy}
+""")
+    made = site.files(model, gpus, f"n[1-{nodes}]", str(config), str(etc / "slurm.conf"))
+    site.write(made, str(etc))
+    root.chmod(0o755)
+    for node in range(1, nodes + 1):
+        (root / f"n{node}").mkdir()
+        (root / f"n{node}" / "state").mkdir(mode=0o700)
+        (root / f"n{node}" / "run").mkdir(mode=0o755)
+    hooks = {option: etc / name for option, name in site.HOOKS.items()}
+    return Cluster(root, nodes=nodes, gres=site.gres(geometry.load(model), gpus), hooks=hooks, **options)
+
+
+def journal(root: Path, node: str) -> list[dict[str, Any]]:
+    """Every operation that was tried on a node's simulated GPUs, in order."""
+    path = root / node / "gpus.json.journal"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
