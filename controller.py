@@ -16,8 +16,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple, TypeVar
+from contextlib import contextmanager, suppress
+from typing import NamedTuple, NoReturn, TypeVar
 
 from rms import config as configuration
 from rms import grant, inventory, planner
@@ -28,7 +28,7 @@ from rms.errors import ClosedRunError, NodeError, NoRoomError, RequestError, Rms
 from rms.geometry import Placement
 from rms.inventory import Allocation, Claim, Intent, Outcome, Owner, Run, State, Survey
 from rms.planner import Decision, View
-from rms.request import Request, parse
+from rms.request import Request, parse, printable
 from rms.store import Damaged, Store
 
 RETRY_SECONDS = 0.1
@@ -69,7 +69,7 @@ class Controller:
         self,
         config: Config,
         choose: planner.Choose = planner.built_in,
-        log: Callable[[str], None] = lambda text: print(f"rms: {text}", file=sys.stderr),
+        log: Callable[[str], None] = lambda text: print(f"rms: {_line(text)}", file=sys.stderr),
     ) -> None:
         self.config = config
         self.audit = Audit(config.audit_log)
@@ -89,11 +89,13 @@ class Controller:
         `submit` is an epoch, `limit` minutes. Raises RequestError (can never be), NoRoomError (not now), ClosedRunError
         (the run was released, or a newer one exists), NodeError.
         """
+        _check(run)
         self.audit.write("acquire", run=run, uid=uid, request=spec, submit=submit, limit=limit)
         return self._recovering(lambda: self._acquire(run, uid, spec, submit, limit))
 
     def release(self, run: Run) -> None:
         """Take back what `run` has. Right for a run that never had anything too: it gets nothing from now on."""
+        _check(run)
         self._recovering(lambda: self._release(run))
 
     def inspect(self) -> State:
@@ -122,12 +124,13 @@ class Controller:
                     state.recent = [*state.recent, (float(submit or time.time()), str(asked), limit)]
                     state.recent = state.recent[-inventory.RECENT :]
                     steps = _steps(state, intent)
+                    ahead = inventory.ahead(state, intent)
                     self._store.save(state)
             if busy is not None:
                 self._wait(f"run {run} is being worked on by process {busy.owner.pid}")
             elif older is not None:
                 self._release(older)
-            elif granted := self._fulfil(intent, steps, failures):
+            elif granted := self._fulfil(intent, steps if self._pass(ahead) else [], failures):
                 return granted
 
     def _standing(self, state: State, run: Run) -> list[Granted] | None:
@@ -136,6 +139,8 @@ class Controller:
             raise ClosedRunError(f"run {run} was released already; nothing is granted to it")
         if newer := next((a.run for a in state.of_job(run) if a.run.restart > run.restart), None):
             raise ClosedRunError(f"run {run} is over: {newer} runs here; nothing is granted to it")
+        if (left := grant.read(self.config.run_dir, run.job)) and left.restart > run.restart:
+            raise ClosedRunError(f"run {run} is over: run {run.job}.{left.restart} was here; nothing is granted to it")
         allocation = state.of_run(run)
         return self._give(state, allocation) if allocation and allocation.granted else None
 
@@ -155,7 +160,8 @@ class Controller:
     ) -> list[Decision]:
         now = time.time()
         view = inventory.view(state, now)
-        empty = [planner.GpuView(gpu.uuid, gpu.geometry) for gpu in view.gpus]
+        left = {gpu.uuid for gpu in state.gpus if gpu.fault == inventory.LEFT}
+        empty = [planner.GpuView(gpu.uuid, gpu.geometry) for gpu in view.gpus if gpu.uuid not in left]
         if not planner.fits(view._replace(gpus=tuple(empty)), asked):
             raise RequestError(f"{asked} is more than the {len(empty)} GPUs of this node hold when empty")
         faults = {gpu.uuid: gpu.fault for gpu in state.gpus if gpu.fault}
@@ -178,23 +184,38 @@ class Controller:
         )
         return decisions
 
+    def _pass(self, ahead: Sequence[Intent]) -> bool:
+        """Wait until others have removed what is in our way. False if one of them died over it."""
+        numbers = {other.number for other in ahead}
+        while numbers:
+            with self._store.open("acquire") as state:
+                left = [other for other in state.intents if other.number in numbers]
+            if not left:
+                break
+            if not all(other.owner.alive() for other in left):
+                return False
+            self._wait(f"process {left[0].owner.pid} is removing instances")
+        return True
+
     def _fulfil(self, intent: Intent, steps: Sequence[Step], failures: dict[str, list[str]]) -> list[Granted] | None:
         """Phases 2 and 3. None if the hardware would not: the inventory knows why, and another plan may do."""
         with self._store.hardware([step.gpu for step in steps], f"run {intent.run}"):
+            if not any(i.number == intent.number for i in self._store.glance().intents):
+                return None  # the state was lost and recovered before we had the locks: others may plan with our slices
             outcomes, broken = self._change(steps)
             with self._store.open("acquire") as state:
                 current = next((i for i in state.intents if i.number == intent.number), None)
                 allocation = state.of_run(intent.run)
                 if current is None or allocation is None:
                     return None  # the state was lost and recovered meanwhile, and what we made was adopted
-                complete = len(outcomes) == len(steps) and not any(o.held for o in outcomes)
+                complete = len(outcomes) == len(steps) > 0 and not any(o.held for o in outcomes)
                 inventory.conclude(state, current, outcomes, time.time(), granted=complete)
                 if broken:
                     state.gpu(broken[0]).doubt = broken[1]
                 self._store.save(state)
                 granted = self._give(state, allocation) if complete else None
         for outcome in outcomes:
-            if outcome.held:
+            if outcome.held and outcome.uuid:
                 self._report(f"instance {outcome.uuid} is quarantined: {outcome.held}")
         if broken:
             failures.setdefault(broken[0], []).append(broken[1])
@@ -213,6 +234,8 @@ class Controller:
                 outcomes.append(self._make(step) if step.status == "making" else self._take(step))
             except DeviceError as error:
                 fault = str(error)
+                if step.status == "making":  # what it has left on the GPU, if anything, is ours to remove
+                    outcomes.append(Outcome(step.generation, None, None, None, held=inventory.HALF_MADE))
             self.audit.write(
                 {"busy": "reuse", "removing": "destroy", "making": "create"}[step.status],
                 gpu=step.gpu,
@@ -232,7 +255,8 @@ class Controller:
         try:
             ci = device.create_compute_instance(step.gpu, gi)
         except DeviceError:
-            device.destroy_gpu_instance(step.gpu, gi)
+            with suppress(DeviceError):
+                device.destroy_gpu_instance(step.gpu, gi)
             raise
         return Outcome(step.generation, gi, ci, device.uuid(step.gpu, gi, ci))
 
@@ -268,32 +292,39 @@ class Controller:
     # Release.
 
     def _release(self, run: Run) -> None:
-        with self._open("release") as state:
-            self.audit.write("release", run=run)
-            if busy := next((i for i in state.intents if i.run == run), None):
-                # Its own Prolog or another Epilog of it: a run has one of each, so whoever it is was started by hand.
-                raise NodeError(
-                    f"run {run} is being worked on by process {busy.owner.pid}: release it again after that"
-                )
-            state.close(run, time.time())
-            allocation = state.of_run(run)
-            if allocation is None:
+        self.audit.write("release", run=run)
+        while True:
+            with self._open("release") as state:
+                state.close(run, time.time())
+                # The grant goes first: one left by a release that died would give a recovery an owner who is gone.
+                self._forget(run)
+                busy = next((i for i in state.intents if i.run == run), None)
+                if busy is None:
+                    allocation = state.of_run(run)
+                    intent = inventory.begin_release(state, allocation, self._owner) if allocation else None
+                    steps = _steps(state, intent) if intent else []
                 self._store.save(state)
-                grant.remove(self.config.run_dir, run)
-                return
-            intent = inventory.begin_release(state, allocation, self._owner)
-            steps = _steps(state, intent)
-            self._store.save(state)
+            if busy is None:
+                break
+            # A Prolog outlives its slurmd, and the Epilog does not wait for it.
+            self._wait(f"run {run} is being worked on by process {busy.owner.pid}")
+        if intent is None:
+            return
         outcomes = self._let_go(steps)
         with self._store.open("release") as state:
             if current := next((i for i in state.intents if i.number == intent.number), None):
                 inventory.conclude(state, current, outcomes, time.time(), granted=False)
                 self._store.save(state)
-            grant.remove(self.config.run_dir, run)
         for outcome in outcomes:
             if outcome.held:
                 self._report(f"instance {outcome.uuid} of run {run} is quarantined: {outcome.held}")
         self.audit.write("released", run=run, instances=outcomes)
+
+    def _forget(self, run: Run) -> None:
+        try:
+            grant.remove(self.config.run_dir, run)
+        except NodeError as error:  # the instances are taken back all the same; the next acquire will stop at it
+            self._report(str(error))
 
     def _let_go(self, steps: Sequence[Step]) -> list[Outcome]:
         """Phase 2 of a release: wait, without a lock, until no process holds the instances or patience ends."""
@@ -326,6 +357,7 @@ class Controller:
                 if not state.boot_id:
                     raise Damaged("there is no state yet", state)
                 stale = state.boot_id != self._boot_id or state.managed != list(self.config.gpus)
+                stale = stale or any(g.fault == inventory.LEFT and not inventory.in_use(state, g) for g in state.gpus)
                 claim = None if stale or mended else inventory.claim(state, self._owner)
                 if not stale and claim is None:
                     yield state
@@ -344,7 +376,7 @@ class Controller:
             if state.boot_id != self._boot_id:
                 self._report("this node has booted: instances and allocations from before are gone")
                 for job, old in grant.granted(self.config.run_dir).items():
-                    grant.remove(self.config.run_dir, Run(old.cluster, job, old.restart))
+                    self._forget(Run(old.cluster, job, old.restart))
             inventory.discover(state, self._boot_id, self.config.gpus, geometries, time.time())
             self._store.save(state)
 
@@ -455,6 +487,12 @@ def _steps(state: State, intent: Intent) -> list[Step]:
     ]
 
 
+def _check(run: Run) -> None:
+    # The grant is a line of words.
+    if not (0 < len(run.cluster) <= 64 and all(c.isascii() and (c.isalnum() or c in "._-") for c in run.cluster)):
+        raise NodeError(f"cluster name {printable(run.cluster)!r} is not made of letters, digits, '.', '_' and '-'")
+
+
 def _held_by(pids: Sequence[int]) -> str:
     return f"held by process {', '.join(str(pid) for pid in pids[:5])}"
 
@@ -501,8 +539,12 @@ def main(arguments: Sequence[str]) -> int:
     import argparse
     import json
 
-    parser = argparse.ArgumentParser(prog="controller.py", description="Gives runs of jobs their MIG instances.")
-    parser.add_argument("--gpus", type=int, metavar="N", help="standard-input mode: provision at most N GPUs")
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            self.exit(2, f"rms: {_line(message)}; controller.py --help tells more\n")
+
+    parser = Parser(prog="controller.py", description="Gives runs of jobs their MIG instances.")
+    parser.add_argument("--gpus", type=_whole, metavar="N", help="standard-input mode: provision at most N GPUs")
     verbs = parser.add_subparsers(dest="verb")
     acquire = verbs.add_parser("acquire", help="give a run its instances")
     release = verbs.add_parser("release", help="take a run's instances back")
@@ -520,8 +562,8 @@ def main(arguments: Sequence[str]) -> int:
     if options.verb is None:
         from rms import loop
 
-        # A user's name may be any bytes; it is only compared.
-        with open(sys.stdin.fileno(), encoding="utf-8", errors="surrogateescape", closefd=False) as lines:
+        # A user's name may be any bytes but spaces and line feeds; it is only compared.
+        with open(sys.stdin.fileno(), encoding="utf-8", errors="surrogateescape", newline="\n", closefd=False) as lines:
             return loop.run(lines, sys.stdout, choose, options.gpus)
     try:
         path = os.environ.get("RMS_CONFIG", configuration.DEFAULT_PATH)
@@ -536,8 +578,11 @@ def main(arguments: Sequence[str]) -> int:
         if options.json:
             print(json.dumps({"schema": 1, "error": str(error), "code": error.code}))
         else:
-            print(f"rms: {error}", file=sys.stderr)
+            print(f"rms: {_line(str(error))}", file=sys.stderr)
         return error.code
+    except Exception as error:  # a fault of RMS itself
+        print(f"rms: internal error: {_line(f'{type(error).__name__}: {error}')}", file=sys.stderr)
+        return 1
     if options.json:
         instances = [{**g._asdict(), "placement": g.placement._asdict()} for g in granted]
         print(json.dumps({"schema": 1, "run": str(run), "instances": instances}))
@@ -549,8 +594,15 @@ def main(arguments: Sequence[str]) -> int:
 
 def _whole(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 16):
-        raise ValueError(text)
+        from argparse import ArgumentTypeError
+
+        raise ArgumentTypeError(f"{printable(text)!r} is not a whole number")
     return int(text)
+
+
+def _line(text: str) -> str:
+    """Text as one line: what can't be printed is escaped, and no message is longer than a screen."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:2000])
 
 
 if __name__ == "__main__":

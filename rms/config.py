@@ -104,10 +104,13 @@ def _check(path: str, data: dict[str, Any], keys: dict[str, tuple[type, ...]], p
 def boot_id(config: Config) -> str:
     """What tells this boot from the one before. Raises NodeError."""
     try:
-        with open(config.boot_id_file, encoding="ascii") as file:
-            return file.read().strip()
+        with open(config.boot_id_file, encoding="ascii", errors="replace") as file:
+            text = file.read().strip()
     except OSError as error:
         raise NodeError(f"cannot read {config.boot_id_file}: {error.strerror}") from error
+    if not text:
+        raise NodeError(f"{config.boot_id_file} is empty: it must tell this boot from the one before")
+    return text
 
 
 def node_name() -> str:

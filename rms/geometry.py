@@ -122,7 +122,7 @@ class Geometry:
         profile = self._names.get(name.lower())
         if profile is None:
             known = " ".join(p.name for p in self.profiles)
-            raise RequestError(f"unknown profile {name[:40]!r}; {self.model} has: {known}")
+            raise RequestError(f"unknown profile {name[:40]!a}; {self.model} has: {known}")
         return profile
 
     def names(self) -> dict[str, str]:

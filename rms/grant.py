@@ -16,6 +16,7 @@ import os
 import stat
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from rms import files
@@ -78,10 +79,18 @@ def read(run_dir: str, job: int) -> Grant | None:
 
 
 def remove(run_dir: str, run: Run) -> None:
-    """Take away the file of a run that is over. A refusal stays: the job may come back without a Prolog."""
+    """Take away the file of a run that is over. A refusal stays: the job may come back without a Prolog.
+
+    Raises NodeError.
+    """
+    path = os.path.join(directory(run_dir), str(run.job))
     present = read(run_dir, run.job)
     if present and present.restart <= run.restart and present.status != "refused":
-        os.unlink(os.path.join(run_dir, "jobs", str(run.job)))
+        try:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+        except OSError as error:
+            raise NodeError(f"cannot remove {path}: {error.strerror}") from error
 
 
 def granted(run_dir: str) -> dict[int, Grant]:
@@ -94,11 +103,14 @@ def granted(run_dir: str) -> dict[int, Grant]:
 
 
 def sweep(run_dir: str, now: float | None = None) -> None:
-    """Drop refusals so old that their jobs will not come back."""
+    """Drop refusals so old that their jobs will not come back. What a job still runs with may be older than that."""
     limit = (time.time() if now is None else now) - STALE_SECONDS
     for entry in os.scandir(directory(run_dir)):
-        if entry.stat(follow_symlinks=False).st_mtime < limit:
-            os.unlink(entry.path)
+        with suppress(OSError):  # the hooks' shell parts write and remove without a lock
+            if entry.stat(follow_symlinks=False).st_mtime < limit:
+                kept = read(run_dir, int(entry.name)) if entry.name.isdigit() else None
+                if kept is None or kept.status == "refused":
+                    os.unlink(entry.path)
 
 
 def refuse(run_dir: str, run: Run) -> None:

@@ -28,6 +28,9 @@ CLOSED = 1000
 HALF_MADE = "half-made"
 """Why a GPU instance of ours without compute instance is quarantined: it is removed as soon as the hardware lets us."""
 
+LEFT = "no longer in the configuration"
+"""The fault of a GPU that is only known because a job still holds an instance of it."""
+
 Status = Literal["idle", "busy", "making", "removing", "quarantined"]
 
 
@@ -224,6 +227,8 @@ def view(state: State, now: float) -> View:
                 busy.append(Busy(instance.placement, run.started, run.started + run.limit * 60 if run.limit else None))
             elif instance.status == "idle":
                 idle.append(instance.placement)
+            elif instance.status == "removing":
+                continue  # free as soon as the intent ahead has done its work: `ahead` tells whom to wait for
             else:
                 blocked.append(instance.placement)
         gpus.append(GpuView(gpu.uuid, geometry, tuple(busy), tuple(idle), tuple(blocked)))
@@ -259,6 +264,16 @@ def reserve(state: State, decisions: Sequence[Decision], allocation: Allocation,
     return intent
 
 
+def ahead(state: State, intent: Intent) -> list[Intent]:
+    """The intents that must be over before this one's hardware work: they remove instances on the same GPUs.
+
+    They are older, so that no two ever wait for each other.
+    """
+    gpus = state.touched(intent)
+    removing = {i.intent for gpu in state.gpus if gpu.uuid in gpus for i in gpu.instances if i.status == "removing"}
+    return [other for other in state.intents if other.number in removing and other.number < intent.number]
+
+
 def begin_release(state: State, allocation: Allocation, owner: Owner) -> Intent:
     """Mark a run's instances as being taken back."""
     intent = Intent(state.number(), "release", allocation.run, owner)
@@ -292,7 +307,7 @@ def conclude(state: State, intent: Intent, outcomes: Iterable[Outcome], now: flo
             if outcome := found.get(instance.generation):
                 instance.gi, instance.ci, instance.uuid = outcome.gi, outcome.ci, outcome.uuid
                 instance.note = outcome.held
-            if instance.gi is None:
+            if instance.gi is None and instance.note != HALF_MADE:
                 gpu.instances.remove(instance)
             elif instance.note or instance.uuid is None:
                 instance.status = "quarantined"
@@ -329,9 +344,11 @@ def claim(state: State, owner: Owner) -> Claim | None:
             state.allocations.remove(allocation)
     gpus, places = [], set()
     for gpu in state.gpus:
-        in_doubt = bool(gpu.doubt or gpu.fault)
+        in_doubt = bool(gpu.doubt or gpu.fault) and gpu.fault != LEFT
         for instance in gpu.instances:
-            if instance.intent in numbers or (instance.status == "quarantined" and instance.note == HALF_MADE):
+            half_made = instance.status == "quarantined" and instance.note == HALF_MADE
+            half_gone = instance.status == "idle" and in_doubt  # a destroy may have failed after the CI was gone
+            if instance.intent in numbers or half_made or half_gone:
                 places.add((gpu.uuid, instance.placement))
             in_doubt = in_doubt or instance.intent in numbers or instance.status == "quarantined"
         if in_doubt:
@@ -370,7 +387,7 @@ def reconcile(
         gpu.instances.append(
             Instance(state.number(), placement, status, actual.gi, actual.ci, actual.uuid, used=now, note=note)
         )
-    gpu.doubt = gpu.fault = ""
+    gpu.doubt, gpu.fault = "", LEFT if gpu.fault == LEFT else ""
     state.intents = [i for i in state.intents if i.number not in dead or state.touched(i)]
 
 
@@ -390,13 +407,19 @@ def discover(
     fresh = [known.pop(uuid, Gpu(uuid, geometry.model)) for uuid, geometry in geometries.items()]
     for gpu in fresh:
         gpu.doubt, gpu.fault = "not yet compared with the hardware", ""
-    owned = {generation for a in state.allocations for generation in a.instances}
     for gpu in known.values():
-        if any(i.generation in owned for i in gpu.instances):
-            gpu.fault = "no longer in the configuration"
+        if in_use(state, gpu):
+            gpu.fault = LEFT
             fresh.append(gpu)
     state.boot_id, state.managed, state.gpus = boot_id, list(managed), fresh
-    state.geometries |= {geometry.model: geometry for geometry in geometries.values()}
+    offered = state.geometries | {geometry.model: geometry for geometry in geometries.values()}
+    state.geometries = {gpu.model: offered[gpu.model] for gpu in fresh}
+
+
+def in_use(state: State, gpu: Gpu) -> bool:
+    """Whether a run holds an instance of this GPU, or one is being changed."""
+    owned = {generation for a in state.allocations for generation in a.instances}
+    return any(i.intent is not None or i.generation in owned for i in gpu.instances)
 
 
 class Survey(NamedTuple):
@@ -436,7 +459,9 @@ def recover(
     by_uuid = {i.uuid: i for gpu in state.gpus for i in gpu.instances if i.uuid and i.generation not in owned}
     for run, uid, request, uuids in grants.values():
         if state.of_run(run) is None:
-            theirs = [by_uuid[uuid] for uuid in uuids if uuid in by_uuid]
+            theirs = [by_uuid.pop(uuid) for uuid in uuids if uuid in by_uuid]
+            if not theirs:
+                continue  # a grant from before a reboot, or whose instances are gone: nothing to protect
             for instance in theirs:
                 instance.status, instance.note = "busy", ""
             generations = [instance.generation for instance in theirs]

@@ -7,12 +7,16 @@ served is answered with one line that begins with `error:`, and the loop goes on
 
 from __future__ import annotations
 
+import bisect
+import os
+import signal
 import time
 from collections.abc import Iterable
 from typing import TextIO
 
 from rms import geometry, planner
 from rms.errors import NoRoomError, RequestError, RmsError
+from rms.geometry import Placement
 from rms.planner import Busy, Choose, GpuView, View
 from rms.request import Request, printable
 
@@ -27,6 +31,7 @@ class Pool:
         self._limit = limit
         self._geometry = geometry.load(MODEL)
         self._gpus: list[GpuView] = []
+        self._alike: dict[frozenset[Placement], list[int]] = {}  # GPUs by what they hold, in order
         self._users: dict[str, tuple[int, Busy]] = {}
 
     def acquire(self, user: str, spec: str) -> tuple[int, int]:
@@ -37,20 +42,23 @@ class Pool:
         if profile not in self._geometry.base():
             raise RequestError(f"{profile} is in none of the numbered layouts; ask for 1g, 2g, 3g, 4g or 7g")
         request = Request(((profile, 1),))
-        decisions = planner.plan(self._view(self._gpus), request, None, self._choose)
+        shown, decisions = self._plan(request)
         if decisions is None:
             if self._limit is not None and len(self._gpus) >= self._limit:
                 raise NoRoomError(f"no room for {profile} on {self._limit} GPU(s)")
             self._gpus.append(GpuView(f"GPU-{len(self._gpus)}", self._geometry))
-            decisions = planner.plan(self._view(self._gpus), request, None, self._choose) or []
-        choice = decisions[0].choice
-        index = choice.candidate.gpu
+            self._alike.setdefault(frozenset(), []).append(len(self._gpus) - 1)
+            shown, decisions = self._plan(request)
+        choice = (decisions or [])[0].choice
+        index = shown[choice.candidate.gpu]
+        gpu = self._gpus[index]
         busy = Busy(choice.candidate.placement, time.time(), None)
-        self._gpus[index] = self._gpus[index]._replace(busy=(*self._gpus[index].busy, busy))
+        self._put(index, (*gpu.busy, busy))
         self._users[user] = index, busy
         config = self._geometry.config_id(choice.wanted)
-        if config is None:  # a policy may have a wish that is no maximal layout of the base profiles
-            config = self._geometry.config_id(planner.fill(self._gpus[index], busy.placement))
+        if config is None or not set(self._gpus[index].taken) <= set(choice.wanted):
+            # A policy may wish for what has no number, or for what the instances already there rule out.
+            config = self._geometry.config_id(planner.fill(gpu, busy.placement))
         return index, config or 0
 
     def release(self, user: str) -> None:
@@ -58,16 +66,30 @@ class Pool:
         if user not in self._users:
             raise RequestError(f"{printable(user)} has no instance")
         index, busy = self._users.pop(user)
-        gpu = self._gpus[index]
-        self._gpus[index] = gpu._replace(busy=tuple(b for b in gpu.busy if b is not busy))
+        self._put(index, tuple(b for b in self._gpus[index].busy if b is not busy))
 
-    def _view(self, gpus: list[GpuView]) -> View:
-        return View(tuple(gpus), (), None, time.time())
+    def _plan(self, request: Request) -> tuple[list[int], list[planner.Decision] | None]:
+        """The plan, and which GPU each of its view is: of those that hold the same, only the first is offered.
+
+        There are 298 ways to fill a GPU, so thousands of users cost no more time than hundreds.
+        """
+        shown = sorted(alike[0] for alike in self._alike.values())
+        view = View(tuple(self._gpus[index] for index in shown), (), None, time.time())
+        return shown, planner.plan(view, request, None, self._choose)
+
+    def _put(self, index: int, busy: tuple[Busy, ...]) -> None:
+        before = frozenset(self._gpus[index].taken)
+        self._alike[before].remove(index)
+        if not self._alike[before]:
+            del self._alike[before]
+        self._gpus[index] = self._gpus[index]._replace(busy=busy)
+        bisect.insort(self._alike.setdefault(frozenset(self._gpus[index].taken), []), index)
 
 
 def answer(pool: Pool, line: str) -> str | None:
     """What to print for one line of input; None for nothing. Never raises."""
-    words = line.split()
+    # Spaces alone divide: a user's name may hold any other character, even one that `str.split` takes for white space.
+    words = [word for word in line.rstrip("\r\n").split(" ") if word]
     try:
         match words:
             case []:
@@ -89,7 +111,13 @@ def answer(pool: Pool, line: str) -> str | None:
 def run(lines: Iterable[str], output: TextIO, choose: Choose, limit: int | None) -> int:
     """Answer line by line until the input ends. Returns the exit code."""
     pool = Pool(choose, limit)
-    for line in lines:
-        if (text := answer(pool, line)) is not None:
-            print(text, file=output, flush=True)
+    try:
+        for line in lines:
+            if (text := answer(pool, line)) is not None:
+                print(text, file=output, flush=True)
+    except BrokenPipeError:  # nobody reads the answers any more; Python must not complain of it when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     return 0

@@ -249,9 +249,12 @@ def _leaving_room(view: View, found: list[Candidate], rest: Request, end: float 
 def _checked(view: View, asked: Asked, offered: Sequence[Candidate], choose: Choose) -> Choice:
     try:
         choice = choose(view, asked, offered)
-        if choice.candidate in offered:
-            return choice
-        fault = f"{choice.source} chose what was not offered"
+        if choice.candidate not in offered:
+            fault = f"{choice.source} chose what was not offered"
+        elif len(choice.scores) != len(offered) or not all(isinstance(p, Placement) for p in choice.wanted):
+            fault = f"{choice.source} left out scores, or wants what is no layout"
+        else:
+            return choice._replace(candidate=offered[offered.index(choice.candidate)])
     except Exception as error:  # whatever a policy does wrong, the job still gets its instance
         fault = f"policy failed: {type(error).__name__}: {error}"
     safe = built_in(view, asked, offered)

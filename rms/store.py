@@ -53,6 +53,13 @@ class Store:
             self._body = inventory.to_json(state)
             yield state
 
+    def glance(self) -> State:
+        """The state as it stands, without its lock: right for a look, since the file is replaced whole.
+
+        Empty where there is none yet. Raises NodeError and Damaged.
+        """
+        return self._load()
+
     @contextmanager
     def rebuild(self, what: str) -> Iterator[State | None]:
         """The state to recover from, with the lock held; None if somebody has recovered it meanwhile."""

@@ -82,7 +82,8 @@ class Slurmctld:
         if version >= [23, 2, 7]:
             return None
         expire = re.search(r"cred_expire=(\d+)", settings.get("AuthInfo", ""))
-        return int(expire[1]) if expire else 120
+        # Slurm refuses a value below 5 ("invalid" in slurmd's log) and uses its default then.
+        return int(expire[1]) if expire and int(expire[1]) >= 5 else 120
 
     def _update(self, job: Job, setting: str) -> None:
         self._run("scontrol", "update", f"JobId={job.name}", setting)

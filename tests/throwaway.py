@@ -268,7 +268,7 @@ class Cluster:
 
     def wait_all(self, timeout: float) -> None:
         """Returns when no job is pending, running or completing; a ClusterError names those that are."""
-        self._until(lambda: not self._queue(), timeout, lambda: f"not over in {timeout} s: {'; '.join(self._queue())}")
+        self._until(lambda: not self.queue(), timeout, lambda: f"not over in {timeout} s: {'; '.join(self.queue())}")
 
     def wait(self, condition: Callable[[], bool], timeout: float = 20, what: str = "a condition") -> None:
         """Returns when the condition holds; a ClusterError names `what` did not come true."""
@@ -390,7 +390,8 @@ class Cluster:
     def _alive(self, name: str) -> bool:
         return name in self._daemons and self._daemons[name].poll() is None
 
-    def _queue(self) -> list[str]:
+    def queue(self) -> list[str]:
+        """A line for every job that is pending, running or completing."""
         return self.run("squeue", "--noheader", "--format=%i %T %r %N").stdout.splitlines()
 
     def _idle(self) -> set[str]:
@@ -399,7 +400,7 @@ class Cluster:
     def _cancel_all(self, timeout: float) -> None:
         """Every job's end, its Epilog included; what does not end in time is killed later."""
         with contextlib.suppress(ClusterError):  # slurmctld is stuck, or a Prolog holds a job: killed later
-            if jobs := [line.split()[0] for line in self._queue()]:
+            if jobs := [line.split()[0] for line in self.queue()]:
                 self.run("scancel", "--quiet", *jobs, check=False)
                 self.wait_all(timeout)
 

@@ -1,0 +1,621 @@
+"""slurm/rms.lua: in-process under Lua 5.1 (which Slurm 22.05 embeds) and 5.4, then a few forms on a real slurmctld."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from throwaway import Cluster, missing
+
+from rms import geometry, request
+from slurm import site
+
+SOURCE = Path(site.HERE) / "rms.lua"
+NOT_GIVEN, UNLIMITED = 4294967294, 4294967295
+SUCCESS, ERROR = 0, -1
+USER = 1000
+
+STUBS = """
+said, logged, errors = {}, {}, {}
+local function into(list) return function(form, ...) list[#list + 1] = form:format(...) end end
+slurm = { SUCCESS = 0, ERROR = -1, log_user = into(said), log_info = into(logged), log_error = into(errors) }
+os.time = function() return 1700000000 end
+local known = {}
+local names = "tres_per_node tres_per_job tres_per_socket tres_per_task comment"
+    .. " min_nodes max_nodes time_limit argc script"
+for name in names:gmatch("%S+") do known[name] = true end
+local settable = { tres_per_node = true, comment = true, min_nodes = true, max_nodes = true }
+-- A job_desc as slurmctld gives it: an empty table with a metatable. Anything but these fields must not be written.
+function job_desc(fields)
+    return setmetatable({}, {
+        __index = function(_, name)
+            if fields.broken == name then error("this field is broken") end
+            if not known[name] then error("read " .. name) end
+            return fields[name]
+        end,
+        __newindex = function(_, name, value)
+            if not settable[name] then error("wrote " .. name) end
+            fields[name] = value
+        end,
+    })
+end
+"""
+
+
+class Lua:
+    """rms.lua in an interpreter of its own. `say` has what the user was told in the last call."""
+
+    def __init__(self, table: str, version: str = "lua51") -> None:
+        # latin-1: a comment is bytes, whatever they mean
+        self.runtime = importlib.import_module(f"lupa.{version}").LuaRuntime(encoding="latin-1")
+        self.runtime.execute(STUBS)
+        load = "function(text) return (loadstring or load)(text) end"
+        self.runtime.globals().package.preload["rms_table"] = self.runtime.eval(load)(table)
+        module = self.runtime.execute(SOURCE.read_text())
+        self.module = module[0] if isinstance(module, tuple) else module
+        self.say = ""
+
+    def submit(self, **fields: Any) -> dict[str, Any] | None:
+        """The job as admitted, or None; a refused job must not have been changed."""
+        wanted = {"min_nodes": NOT_GIVEN, "max_nodes": NOT_GIVEN, "time_limit": NOT_GIVEN} | fields
+        job = self.runtime.table_from(wanted)
+        if self._answer(self.module.submit, job, None, USER):
+            return dict(job)
+        assert dict(job) == wanted
+        return None
+
+    def modify(self, record: Mapping[str, Any], uid: int = USER, **fields: Any) -> bool:
+        wanted = {"min_nodes": NOT_GIVEN, "max_nodes": NOT_GIVEN} | fields
+        job = self.runtime.table_from(wanted)
+        allowed = self._answer(self.module.modify, job, self.runtime.table_from({"job_id": 7} | record), None, uid)
+        assert dict(job) == wanted
+        return allowed
+
+    def list(self, name: str) -> list[str]:
+        return list(self.runtime.globals()[name].values())
+
+    def _answer(self, function: Any, job: Any, *rest: Any) -> bool:
+        self.runtime.execute("said = {}; slurm.log_user = function(form, ...) said[#said + 1] = form:format(...) end")
+        answer = function(self.runtime.globals().job_desc(job), *rest)
+        self.say = "\n".join(self.list("said"))
+        assert answer in (SUCCESS, ERROR)
+        assert (answer == ERROR) == bool(self.say)
+        assert not self.say or (self.say.startswith("rms: ") and "\n" not in self.say)
+        return bool(answer == SUCCESS)
+
+
+@functools.cache
+def lua(model: str = "A100-80GB", gpus: int = 2, version: str = "lua51") -> Lua:
+    made = Lua(site.table(geometry.load(model), gpus), version)
+    assert made.list("errors") == []
+    return made
+
+
+def gres(spec: str) -> str:
+    return ",".join(f"gres:{item}" for item in spec.split(","))
+
+
+# What is admitted
+
+
+@pytest.mark.parametrize("version", ["lua51", "lua54"])
+@pytest.mark.parametrize(
+    ("typed", "canonical", "slices"),
+    [
+        ("mig:3g", "3g.40gb:1", (3, 4)),
+        ("mig:3g.40gb", "3g.40gb:1", (3, 4)),
+        ("mig:3G.40GB:1", "3g.40gb:1", (3, 4)),
+        ("MIG:3g:1", "3g.40gb:1", (3, 4)),
+        ("mig:3g.40gb=2", "3g.40gb:2", (6, 8)),
+        ("mig=3g.40gb=2", "3g.40gb:2", (6, 8)),
+        ("mig:3g:002", "3g.40gb:2", (6, 8)),
+        (" mig : 3g :1 ", "3g.40gb:1", (3, 4)),
+        ("mig:1g.10gb+me", "1g.10gb+me:1", (1, 1)),
+        ("mig:1g+ME:2", "1g.10gb+me:2", (2, 2)),
+        ("mig:1g:2,mig:3g,mig:1g:1", "1g.10gb:3,3g.40gb:1", (6, 7)),
+        ("mig:7g:2", "7g.80gb:2", (14, 16)),
+        ("mig:1g.20gb:8", "1g.20gb:8", (8, 16)),
+        ("mig:1g:14", "1g.10gb:14", (14, 14)),
+    ],
+)
+def test_writes_what_was_typed_in_full(version: str, typed: str, canonical: str, slices: tuple[int, int]) -> None:
+    mig = ",".join(f"gres:mig:{item}" for item in canonical.split(","))
+    job = lua(version=version).submit(tres_per_node=gres(typed), time_limit=90.0)  # slurmctld pushes doubles
+    assert job == {
+        "tres_per_node": f"{mig},gres:migc:{slices[0]},gres:migm:{slices[1]}",
+        "comment": f"rms1:{canonical};s=1700000000;l=90;",
+        "min_nodes": 1,
+        "max_nodes": 1,
+        "time_limit": 90,
+    }
+
+
+def test_keeps_the_form_and_the_other_items() -> None:
+    def submit(typed: str) -> str:
+        job = lua().submit(tres_per_node=typed)
+        assert job
+        return str(job["tres_per_node"])
+
+    assert submit("gres/mig:3g:1") == "gres/mig:3g.40gb:1,gres/migc:3,gres/migm:4"
+    assert submit("mig:3g:1") == "mig:3g.40gb:1,migc:3,migm:4"
+    assert submit("gres:NIC:2,gres:mig:3g,gres:foo:a:1") == (
+        "gres:NIC:2,gres:foo:a:1,gres:mig:3g.40gb:1,gres:migc:3,gres:migm:4"
+    )
+    assert submit("gres:mig:3g:1,gres:") == "gres:mig:3g.40gb:1,gres:migc:3,gres:migm:4"  # --gres=mig:3g:1,
+    # slurmctld 22.05 finds "gres:" anywhere in an item
+    assert submit("xgres:mig:3g:1") == "gres:mig:3g.40gb:1,gres:migc:3,gres:migm:4"
+
+
+@pytest.mark.parametrize("nodes", [(NOT_GIVEN, NOT_GIVEN), (1, NOT_GIVEN), (1, 1), (1, 3), (NOT_GIVEN, 4)])
+def test_pins_to_one_node(nodes: tuple[int, int]) -> None:
+    job = lua().submit(tres_per_node="gres:mig:1g", min_nodes=nodes[0], max_nodes=nodes[1])
+    assert job
+    assert (job["min_nodes"], job["max_nodes"]) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("limit", "written"), [(NOT_GIVEN, 0), (UNLIMITED, 0), (None, 0), (0, 0), (1, 1), (999999999, 999999999)]
+)
+def test_writes_the_limit(limit: int | None, written: int) -> None:
+    job = lua().submit(tres_per_node="gres:mig:1g", time_limit=limit)
+    assert job
+    ticket = request.parse_comment(job["comment"])
+    assert ticket == request.Ticket("1g.10gb:1", 1700000000, written or None)
+
+
+words = st.sampled_from(sorted(geometry.load("A100-80GB").names()))
+items = st.lists(st.tuples(words, st.integers(1, 3)), min_size=1, max_size=4)
+
+
+@given(items)
+def test_reads_a_request_as_the_node_does(wanted: list[tuple[str, int]]) -> None:
+    known = geometry.load("A100-80GB")
+    parsed = request.parse(",".join(f"{word}:{count}" for word, count in wanted), known)
+    job = lua(gpus=12).submit(tres_per_node=",".join(f"gres:mig:{word}:{count}" for word, count in wanted))
+    assert job
+    ticket = request.parse_comment(job["comment"])
+    assert ticket
+    assert ticket.request == str(parsed)
+    assert request.parse(ticket.request, known) == parsed
+    slices = [sum(n * size for n, size in zip(parsed.counts, sizes, strict=True)) for sizes in _sizes(parsed, known)]
+    assert job["tres_per_node"].endswith(f",gres:migc:{slices[0]},gres:migm:{slices[1]}")
+
+
+def _sizes(parsed: request.Request, known: geometry.Geometry) -> Iterator[list[int]]:
+    profiles = [known.by_name[name] for name, _ in parsed.items]
+    yield [profile.compute for profile in profiles]
+    yield [profile.memory for profile in profiles]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("mig", "say which profile"),
+        ("mig:2", "say which profile"),
+        ("mig:0", "say which profile"),
+        ("mig:-1", "say which profile"),
+        ("mig:1k", "say which profile"),
+        ("mig:", "say which profile"),
+        ("mig::1", "say which profile"),
+        ("mig:9g:1", "unknown profile '9g'; known: 1g.10gb 1g.10gb+me 1g.20gb 2g.20gb 3g.40gb 4g.40gb 7g.80gb"),
+        ("mig:9g", "unknown profile '9g'"),
+        ("mig:3g.20gb", "unknown profile"),
+        ("mig:3g:1,mig:a\x07b:1", "unknown profile 'a?b'"),
+        ("mig:" + "x" * 900 + ":1", "unknown profile '" + "x" * 60 + "'"),
+        ("mig:3g:0", "count of 3g.40gb is '0'"),
+        ("mig:3g:-1", "count of 3g.40gb is '-1'"),
+        ("mig:3g:1k", "count of 3g.40gb is '1k'"),
+        ("mig:3g:1.5", "count of 3g.40gb is '1.5'"),
+        ("mig:3g:1:1", "count of 3g.40gb is '1:1'"),
+        ("mig:3g:1000", "from 1 to 999"),
+        ("mig:3g:" + "9" * 400, "from 1 to 999"),
+        ("mig:3g:999,mig:3g:999", "3g.40gb:1998 is more than an empty node can place (2 x A100-80GB)"),
+        ("mig:3g:5", "more than an empty node"),
+        ("mig:3g:4,mig:1g:1", "more than an empty node"),
+        ("mig:4g:3", "more than an empty node"),
+        ("migc:1", "counted by the system"),
+        ("mig:3g:1,migm:1", "counted by the system"),
+        ("foo:1,MIGM", "counted by the system"),
+        ("mig:3g:1,gpu:1", "mig and gpu"),
+        ("shard:1,mig:3g:1", "mig and shard"),
+        ("mig:3g:1,mps:50", "mig and mps"),
+        ("mig:3g:1," + "foo:1," * 200, "longer than 1024 bytes"),
+    ],
+)
+def test_refuses_with_one_clear_line(typed: str, said: str) -> None:
+    assert lua().submit(tres_per_node=gres(typed)) is None
+    assert said in lua().say
+
+
+@pytest.mark.parametrize("field", ["tres_per_job", "tres_per_socket", "tres_per_task"])
+def test_looks_at_every_way_to_ask(field: str) -> None:
+    assert lua().submit(**{field: "gres:mig:3g:1"}) is None
+    assert "--gres=mig:PROFILE:COUNT" in lua().say
+    assert lua().submit(**{field: "gres:migc:1"}) is None
+    assert lua().submit(tres_per_node="gres:mig:3g:1", **{field: "gres/gpu:1"}) is None
+    assert "mig and gpu" in lua().say
+    assert lua().submit(tres_per_node="gres:mig:3g:1", **{field: "cpu:2"})
+
+
+@pytest.mark.parametrize("nodes", [(2, 2), (2, NOT_GIVEN), (4, 8), (UNLIMITED, UNLIMITED)])
+def test_refuses_several_nodes(nodes: tuple[int, int]) -> None:
+    assert lua().submit(tres_per_node="gres:mig:1g", min_nodes=nodes[0], max_nodes=nodes[1]) is None
+    assert "one node" in lua().say
+    assert lua().submit(min_nodes=nodes[0], max_nodes=nodes[1])
+
+
+def test_srun_must_write_it_in_full() -> None:
+    """Its step asks by itself for what the user typed (seen in 22.05): an alias would fail when the job has started."""
+    assert lua().submit(tres_per_node="gres:mig:3g,gres:mig:1g:2", argc=1) is None
+    assert "--gres=mig:3g.40gb:1,mig:1g.10gb:2" in lua().say
+    assert lua().submit(tres_per_node="gres:mig:3g.40gb:1,gres:mig:1g.10gb:2", argc=1)
+    assert lua().submit(tres_per_node="gres:mig:3g", argc=0)  # salloc
+    assert lua().submit(tres_per_node="gres:mig:3g", argc=1, script="#!/bin/sh")  # sbatch
+
+
+# The comment
+
+comments = st.lists(
+    st.one_of(
+        st.sampled_from(["rms1:", "rms1:3g:1;s=1;l=1;", "rms1:7g.80gb:2;s=9;l=0;", "rms", "1:", ";", "s=1;", "\n"]),
+        st.text(st.characters(min_codepoint=1, max_codepoint=255), max_size=20),
+    ),
+    max_size=6,
+).map("".join)
+
+
+@given(comments)
+def test_a_comment_without_mig_only_loses_a_forged_prefix(comment: str) -> None:
+    job = lua().submit(comment=comment)
+    assert job
+    if comment.startswith("rms1:"):
+        assert comment.endswith(job.pop("comment"))
+    assert not job.get("comment", "").startswith("rms1:")
+    assert job == {"min_nodes": NOT_GIVEN, "max_nodes": NOT_GIVEN, "time_limit": NOT_GIVEN} | (
+        {} if comment.startswith("rms1:") else {"comment": comment}
+    )
+
+
+@given(comments)
+def test_a_comment_with_mig_keeps_the_users_part(comment: str) -> None:
+    job = lua().submit(comment=comment, tres_per_node="gres:mig:3g")
+    assert job
+    prefix = "rms1:3g.40gb:1;s=1700000000;l=0;"
+    own = job["comment"].removeprefix(prefix)
+    assert job["comment"] == prefix + own
+    assert own == comment if not comment.startswith("rms1:") else comment.endswith(own)
+    assert not own.startswith("rms1:")
+
+
+def test_takes_off_prefixes_one_after_the_other() -> None:
+    for forged in ["rms1:7g.80gb:1;s=1;l=1;", "rms1:", "rms1:rms1:3g:1;s=1;l=1;", "rms1:rms1:rms1:"]:
+        job = lua().submit(comment=forged + "mine; and more")
+        assert job
+        assert job["comment"] == "mine; and more"
+
+
+def test_says_by_how_much_a_comment_is_too_long() -> None:
+    prefix = len("rms1:3g.40gb:1;s=1700000000;l=0;")
+    assert lua().submit(tres_per_node="gres:mig:3g", comment="x" * (1024 - prefix))
+    assert lua().submit(tres_per_node="gres:mig:3g", comment="x" * (1024 - prefix + 3)) is None
+    assert f"3 bytes too long (at most {1024 - prefix} beside mig)" in lua().say
+    assert lua().submit(comment="x" * 5000)  # slurmctld's own business
+    assert lua().submit(comment="rms1:" + "x" * 1020) is None
+    assert "1 bytes too long (at most 1024)" in lua().say
+    began = time.monotonic()
+    assert lua().submit(comment="rms1:" * 200_000) is None
+    assert lua().submit(tres_per_node="gres:mig:" + "3g," * 400_000) is None
+    assert lua().submit(tres_per_node="gres:mig: " + " " * 1_000_000) is None
+    assert time.monotonic() - began < 1
+
+
+# What an empty node can place, against placements tried one by one
+
+
+@functools.cache
+def placeable(model: str, gpus: int) -> frozenset[tuple[int, ...]]:
+    """Every count vector that some layouts of so many GPUs hold together."""
+    known = geometry.load(model)
+    names = [profile.name for profile in known.profiles]
+    if gpus == 0:
+        return frozenset([(0,) * len(names)])
+    one = {tuple(sum(p.profile == name for p in held) for name in names) for held in known.layouts()}
+    rest = placeable(model, gpus - 1)
+    return frozenset(tuple(a + b for a, b in zip(x, y, strict=True)) for x in one for y in rest)
+
+
+def fits(model: str, gpus: int, counts: Sequence[int], version: str = "lua51") -> bool:
+    names = [profile.name for profile in geometry.load(model).profiles]
+    asked = [f"gres:mig:{name}:{count}" for name, count in zip(names, counts, strict=True) if count]
+    interpreter = lua(model, gpus, version)
+    admitted = interpreter.submit(tres_per_node=",".join(asked)) is not None
+    assert admitted or "more than an empty node can place" in interpreter.say
+    return admitted
+
+
+def around(vectors: frozenset[tuple[int, ...]]) -> set[tuple[int, ...]]:
+    """The vectors themselves and those with one more of one profile."""
+    more = ((*v[:i], v[i] + 1, *v[i + 1 :]) for v in vectors for i in range(len(v)))
+    return {v for v in itertools.chain(vectors, more) if any(v)}
+
+
+@pytest.mark.parametrize(
+    ("model", "gpus"),
+    [(model, 1) for model in geometry.models()] + [("A100-80GB", 2), ("A30", 2), ("A30", 3), ("RTX-PRO-6000", 2)],
+)
+def test_places_exactly_what_an_empty_node_can(model: str, gpus: int) -> None:
+    can = placeable(model, gpus)
+    wrong = [counts for counts in sorted(around(can)) if fits(model, gpus, counts) != (counts in can)]
+    assert wrong == []
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_places_exactly_what_three_gpus_can(data: st.DataObject) -> None:
+    can = placeable("A100-80GB", 3)
+    counts = data.draw(st.tuples(*(st.integers(0, most) for most in map(max, zip(*can, strict=True)))))
+    if any(counts):
+        assert fits("A100-80GB", 3, counts, data.draw(st.sampled_from(["lua51", "lua54"]))) == (counts in can)
+
+
+@settings(max_examples=200)
+@given(st.data(), st.sampled_from(["A100-80GB", "H100-NVL", "RTX-PRO-6000", "A30"]), st.integers(4, 16))
+def test_places_what_many_gpus_can_and_no_more(data: st.DataObject, model: str, gpus: int) -> None:
+    known = geometry.load(model)
+    one = sorted(placeable(model, 1))
+    held = data.draw(st.lists(st.sampled_from(one), min_size=gpus, max_size=gpus))
+    counts = [sum(column) for column in zip(*held, strict=True)]
+    if any(counts):
+        assert fits(model, gpus, counts)
+    small = data.draw(st.integers(0, len(counts) - 1))  # more of one than memory slices could hold
+    free = known.slots * gpus - sum(c * p.memory for c, p in zip(counts, known.profiles, strict=True))
+    counts[small] += free // known.profiles[small].memory + 1
+    assert not fits(model, gpus, counts)
+
+
+@pytest.mark.parametrize(
+    ("model", "counts"),
+    [  # the slowest of half a million requests that a search for slow ones tried
+        ("A100-80GB", (29, 5, 23, 3, 9, 1, 0)),
+        ("A100-80GB", (5, 11, 14, 14, 7, 6, 0)),
+        ("A100-80GB", (16, 16, 48, 0, 0, 0, 0)),
+        ("A100-80GB", (10, 8, 20, 22, 5, 1, 0)),
+        ("RTX-PRO-6000", (0, 0, 0, 0, 64, 0, 0, 0, 0, 0, 0)),
+    ],
+)
+def test_is_quick_for_sixteen_gpus(model: str, counts: Sequence[int]) -> None:
+    fits(model, 16, counts)
+    began = time.process_time()
+    fits(model, 16, counts)
+    assert time.process_time() - began < 0.05
+
+
+# Changes of a submitted job
+
+PREFIX = "rms1:3g.40gb:1;s=1700000000;l=5;"
+OURS = {"comment": PREFIX + "mine"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tres_per_node": "gres:mig:7g.80gb:1"},
+        {"tres_per_node": ""},
+        {"tres_per_job": "gres:foo:1"},
+        {"tres_per_socket": "gres:mig:1g.10gb:1"},
+        {"tres_per_task": ""},
+        {"min_nodes": 2},
+        {"max_nodes": 2},
+        {"min_nodes": 0},
+        {"min_nodes": UNLIMITED},
+        {"comment": ""},
+        {"comment": "forged"},
+        {"comment": "rms1:7g.80gb:1;s=1700000000;l=5;"},
+        {"comment": PREFIX[:-1]},
+        {"comment": PREFIX.upper()},
+    ],
+)
+def test_guards_a_job_with_mig(change: dict[str, Any]) -> None:
+    assert not lua().modify(OURS, **change)
+    assert lua().list("logged")[-1] == f"rms: refused uid {USER} a change of job 7: {lua().say.removeprefix('rms: ')}"
+    assert lua().modify(OURS, uid=0, **change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"comment": PREFIX},
+        {"comment": PREFIX + "other; text"},
+        {"min_nodes": 1, "max_nodes": 1},
+        {"time_limit": 3},
+    ],
+)
+def test_leaves_other_changes_alone(change: dict[str, Any]) -> None:
+    assert lua().modify(OURS, **change)
+
+
+@pytest.mark.parametrize("record", [{}, {"comment": "mine"}, {"comment": " rms1:"}])
+def test_nobody_can_add_mig_later(record: dict[str, str]) -> None:
+    for change in [
+        {"comment": PREFIX},
+        {"comment": "rms1:"},
+        {"tres_per_node": "gres:mig:3g.40gb:1"},
+        {"tres_per_node": "gres:foo:1,xgres:mig:3g.40gb:1"},
+        {"tres_per_node": "gres:mig"},
+        {"tres_per_node": "gres:migc:1"},
+        {"tres_per_job": "gres/mig:3g.40gb:1"},
+        {"tres_per_task": "gres:migm:1"},
+    ]:
+        assert not lua().modify(record, **change)
+    for change in [
+        {"comment": "other"},
+        {"comment": ""},
+        {"comment": "x rms1:"},
+        {"tres_per_node": "gres:gpu:1,gres:migraine:1"},
+        {"min_nodes": 4, "max_nodes": 8},
+    ]:
+        assert lua().modify(record, **change)
+
+
+def test_a_damaged_prefix_can_only_be_kept() -> None:
+    assert not lua().modify({"comment": "rms1:bogus"}, comment="rms1:7g.80gb:1;s=1;l=1;")
+    assert lua().modify({"comment": "rms1:bogus"}, comment="rms1:bogus")
+
+
+# When something of ours is broken
+
+
+@pytest.mark.parametrize("table", ["return {}", "return true", "return nil", "error('gone')", "return { gpus = 2 }"])
+def test_without_a_usable_table_only_mig_is_refused(table: str) -> None:
+    broken = Lua(table)
+    assert "rms_table.lua can't be used" in broken.list("errors")[0]
+    assert broken.submit(tres_per_node="gres:mig:3g:1") is None
+    assert "tell the administrators" in broken.say
+    assert broken.submit(tres_per_node="gres:gpu:1", comment="mine")
+    job = broken.submit(comment="rms1:x")
+    assert job
+    assert job["comment"] == "x"
+    assert broken.modify({"comment": "mine"}, comment="other")
+
+
+def test_an_error_of_ours_refuses_only_mig() -> None:
+    bad = Lua(
+        "return { model = 'x', gpus = 2, profiles = { { name = 'a', compute = 1, memory = 1 } }, alias = {}, fit = {} }"
+    )
+    bad.runtime.execute("package.loaded.rms_table.alias = nil")
+    assert bad.submit(tres_per_node="gres:mig:3g:1") is None
+    assert "internal error" in bad.say
+    assert "internal error" in bad.list("errors")[-1]
+    # A field that can't be read, where nothing tells of mig (comment is read first) and where something does.
+    assert lua().submit(broken="min_nodes")
+    assert lua().submit(broken="min_nodes", tres_per_node="gres:mig:3g:1") is None
+    assert "internal error" in lua().say
+    assert lua().submit(broken="script", argc=1, tres_per_node="gres:mig:3g:1") is None
+    assert not lua().modify(OURS, broken="max_nodes")
+    assert not lua().modify({"comment": "mine"}, broken="max_nodes", comment="rms1:")
+
+
+def test_a_profile_that_fits_nowhere_does_not_hang() -> None:
+    odd = Lua(
+        "return { model = 'x', gpus = 2, alias = { a = 'a', b = 'b' }, fit = { { 2, 0 } },"
+        " profiles = { { name = 'a', compute = 1, memory = 1 }, { name = 'b', compute = 2, memory = 0 } } }"
+    )
+    assert odd.submit(tres_per_node="gres:mig:a:4")
+    assert odd.submit(tres_per_node="gres:mig:b:1") is None
+
+
+# On a real slurmctld
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    if missing() and "CI" not in os.environ:
+        pytest.skip(f"Slurm is not installed: {missing()}")
+    known = geometry.load("A100-80GB")
+    made = Cluster(nodes=2, gres=site.gres(known, 2), extra_conf="GresTypes=mig,migc,migm,gpu")
+    # The hooks are no part of this: only what lies beside slurm.conf for slurmctld.
+    files = site.files("A100-80GB", 2, "n[1-2]", "/nonexistent/rms.toml", str(made.conf))
+    made.etc.mkdir()
+    for name in ["job_submit.lua", "rms.lua", "rms_table.lua"]:
+        (made.etc / name).write_text(files[name])
+    with made:
+        yield made
+
+
+@pytest.mark.slurm
+def test_slurm_admits_every_profile_and_form(cluster: Cluster) -> None:
+    user = cluster.users[0]
+    for name in [*geometry.load("A100-80GB").by_name, "3g", "1g+me"]:
+        job = cluster.job(cluster.sbatch("true", f"--gres=mig:{name}", "--hold", user=user))
+        profile = geometry.load("A100-80GB").find(name)
+        assert job["TresPerNode"] == (
+            f"gres:mig:{profile.name}:1,gres:migc:{profile.compute},gres:migm:{profile.memory}"
+        )
+        assert job["Comment"].startswith(f"rms1:{profile.name}:1;s=")
+        assert job["NumNodes"] == "1-1"
+    array = cluster.sbatch("true", "--gres=mig:1g:2,mig:1g:1", "--array=1-2", "--comment=a; b", user=user)
+    het = cluster.sbatch("srun true", "--gres=mig:1g", ":", "--gres=mig:2g", "-N1-2", user=user)
+    ours = {
+        f"{array}_1": ("1g.10gb:3", "a; b"), f"{array}_2": ("1g.10gb:3", "a; b"),
+        f"{het}": ("1g.10gb:1", ""), f"{het + 1}": ("2g.20gb:1", ""),
+    }  # fmt: skip
+    for job_id, (spec, own) in ours.items():
+        ticket = request.parse_comment(cluster.job(job_id)["Comment"])
+        assert ticket
+        assert ticket.request == spec
+        assert abs(ticket.submit - time.time()) < 60
+        assert cluster.job(job_id)["Comment"].endswith(f";{own}")
+    step = cluster.sbatch("srun echo step-ran", "--gres=mig:3g", user=user)
+    assert cluster.run("srun", "--gres=mig:3g.40gb:1", "echo", "ran", user=user).stdout == "ran\n"
+    assert "ran" in cluster.run("salloc", "--gres=mig:3g", "srun", "echo", "ran", user=user).stdout
+    cluster.wait(lambda: cluster.states()[str(step)] == "COMPLETED")
+    assert (user.work / f"slurm-{step}.out").read_text() == "step-ran\n"
+
+
+@pytest.mark.slurm
+def test_slurm_tells_the_user_why(cluster: Cluster) -> None:
+    for options, said in {
+        ("--gres=mig:2",): "say which profile",
+        ("--gres=mig:9g:1",): "unknown profile '9g'; known: 1g.10gb",
+        ("--gres=mig:7g:3",): "7g.80gb:3 is more than an empty node can place",
+        ("--gres=migc:1",): "counted by the system",
+        ("--gres=mig:1g:1", "-N2"): "one node",
+        ("--gres=mig:1g:1", "-wn1,n2"): "one node",
+        ("--gres=mig:1g:1", "--gpus=1"): "mig and gpu",
+        ("--gres=mig:1g:1", "--comment=" + "x" * 1024): "bytes too long",
+        ("--gres=mig:1g:1", ":", "--gres=mig:9g:1"): "1: rms: unknown profile",
+    }.items():
+        done = cluster.run("sbatch", *options, "--wrap=true", user=cluster.users[0], check=False)
+        assert done.returncode != 0
+        assert said in done.stderr
+    for command in ["srun", "salloc"]:
+        done = cluster.run(command, "--gres=mig:9g:1", "true", user=cluster.users[0], check=False)
+        assert "rms: unknown profile '9g'" in done.stderr
+    done = cluster.run("srun", "--gres=mig:3g", "true", user=cluster.users[0], check=False)
+    assert "srun needs the full form, --gres=mig:3g.40gb:1" in done.stderr
+
+
+@pytest.mark.slurm
+def test_slurm_keeps_the_user_from_forging(cluster: Cluster) -> None:
+    user = cluster.users[0]
+    ours = cluster.sbatch("true", "--gres=mig:3g", "--comment=mine", "--hold", user=user)
+    plain = cluster.sbatch("true", "--comment=rms1:7g.80gb:1;s=1;l=1;mine", "--hold", user=user)
+    assert cluster.job(plain)["Comment"] == "mine"
+    comment = cluster.job(ours)["Comment"]
+    prefix = comment.removesuffix("mine")
+
+    def update(job: int, change: str, as_root: bool = False) -> bool:
+        who = None if as_root else user
+        return cluster.run("scontrol", "update", f"jobid={job}", change, user=who, check=False).returncode == 0
+
+    def states() -> list[tuple[str | None, ...]]:
+        jobs = [cluster.job(ours), cluster.job(plain)]
+        return [tuple(job.get(k) for k in ["Comment", "TresPerNode", "NumNodes"]) for job in jobs]
+
+    before = states()
+    for change in ["gres=mig:7g.80gb:1", "gres=", "TresPerNode=", "TresPerJob=gres:mig:1g.10gb:1", "NumNodes=2",
+                   "NumNodes=ALL", "comment=forged", "comment=", f"comment={prefix[:-1]}"]:  # fmt: skip
+        assert not update(ours, change), change
+    for change in ["gres=mig:7g.80gb:1", "TresPerNode=xgres:mig:7g.80gb:1", "gres=migc:1", f"comment={prefix}"]:
+        assert not update(plain, change), change
+    assert states() == before
+    assert "refused uid" in (cluster.log / "slurmctld.log").read_text()
+    for change in ["TimeLimit=3", "NumNodes=1", f"comment={prefix}other", "JobName=x", "Requeue=0"]:
+        assert update(ours, change), change
+    assert cluster.job(ours)["Comment"] == f"{prefix}other"
+    for change in ["comment=other", "NumNodes=2", "TimeLimit=3"]:
+        assert update(plain, change), change
+    assert update(ours, "comment=root may", as_root=True)
