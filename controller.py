@@ -94,7 +94,10 @@ class Controller:
         return self._recovering(lambda: self._acquire(run, uid, spec, submit, limit))
 
     def release(self, run: Run) -> None:
-        """Take back what `run` has. Right for a run that never had anything too: it gets nothing from now on."""
+        """Take back what `run` has, and what older runs of its job have left.
+
+        Right for a run that never had anything too: it gets nothing from now on. Raises NodeError.
+        """
         _check(run)
         self._recovering(lambda: self._release(run))
 
@@ -298,16 +301,20 @@ class Controller:
                 state.close(run, time.time())
                 # The grant goes first: one left by a release that died would give a recovery an owner who is gone.
                 self._forget(run)
+                older = next((a.run for a in state.of_job(run) if a.run.restart < run.restart), None)
                 busy = next((i for i in state.intents if i.run == run), None)
-                if busy is None:
+                if older is None and busy is None:
                     allocation = state.of_run(run)
                     intent = inventory.begin_release(state, allocation, self._owner) if allocation else None
                     steps = _steps(state, intent) if intent else []
                 self._store.save(state)
-            if busy is None:
+            if older is not None:
+                self._release(older)  # its own Epilog never came
+            elif busy is not None:
+                # A Prolog outlives its slurmd, and the Epilog does not wait for it.
+                self._wait(f"run {run} is being worked on by process {busy.owner.pid}")
+            else:
                 break
-            # A Prolog outlives its slurmd, and the Epilog does not wait for it.
-            self._wait(f"run {run} is being worked on by process {busy.owner.pid}")
         if intent is None:
             return
         outcomes = self._let_go(steps)
@@ -437,6 +444,9 @@ class Controller:
                     for job, g in grant.granted(self.config.run_dir).items()
                 }
                 inventory.recover(state, self._boot_id, self.config.gpus, surveys, grants, time.time())
+                for run, *_ in grants.values():
+                    if state.of_run(run) is None:
+                        self._forget(run)  # its UUIDs come back for others, whom it must not rob at the next recovery
                 self._store.save(state)
         self._report(f"{damaged}: rebuilt from {len(gpus)} GPUs and {len(grants)} grants")
 

@@ -25,10 +25,25 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-V", "--version", action="version", version=f"rms {rms.__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
 
-    verb = verbs.add_parser("show", help="the GPUs of this node, slice by slice, and the jobs on them")
+    verb = verbs.add_parser(
+        "show", allow_abbrev=False, help="the GPUs of this node, slice by slice, and the jobs on them"
+    )
     verb.set_defaults(verb=show)
     verb.add_argument("--json", action="store_true", help="everything, as one JSON object")
     _node_options(verb)
+
+    verb = verbs.add_parser(
+        "slurm-config", allow_abbrev=False, help="the hooks, the lua and the slurm.conf lines for this site's GPUs"
+    )
+    verb.set_defaults(verb=slurm_config)
+    verb.add_argument("--model", required=True, help="GPU model, such as A100-80GB")
+    verb.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs in each node")
+    verb.add_argument("--nodes", required=True, metavar="LIST", help="the nodes as slurm.conf names them: gpu[01-02]")
+    verb.add_argument("--config", metavar="PATH", default=config.DEFAULT_PATH, help="where the nodes have rms.toml")
+    verb.add_argument(
+        "--slurm-conf", metavar="PATH", default="/etc/slurm/slurm.conf", help="where they have slurm.conf"
+    )
+    verb.add_argument("--write", metavar="DIR", help="write the files into DIR instead of printing them")
 
     return parser
 
@@ -59,6 +74,20 @@ def show(options: argparse.Namespace) -> int:
         colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         print(draw(found, shutil.get_terminal_size().columns, coloured if colours else plain), end="")
     return seen.code
+
+
+def slurm_config(options: argparse.Namespace) -> int:
+    """Print or write what a site puts into its Slurm configuration."""
+    from slurm import site
+
+    made = site.files(options.model, options.gpus, options.nodes, options.config, options.slurm_conf)
+    if options.write:
+        site.write(made, options.write)
+        print(f"{len(made)} files in {options.write}; {site.SETTINGS} has the lines for slurm.conf")
+    else:
+        for name, text in made.items():
+            print(f"##### {os.path.join(os.path.dirname(options.slurm_conf), name)}\n{text}")
+    return 0
 
 
 def _policy() -> dict[str, str | None]:

@@ -199,7 +199,8 @@ def draw(found: Mapping[str, Any], width: int = 80, paint: Paint = plain) -> str
                 lines += _warning(f"{about}: {text}", width, paint)
         for i in gpu["instances"]:
             if i["note"]:
-                lines += _warning(f"{Placement(i['profile'], i['start'], i['size'])}: {i['note']}", width, paint)
+                place = Placement(i["profile"], i["start"], i["size"])
+                lines += _warning(f"{place} {i['status']}: {i['note']}", width, paint)
     if allocations:
         lines += ["", *_table(_rows(found), width, paint)]
     return "".join(f"{line}\n" for line in lines)
@@ -234,7 +235,7 @@ def _usable(gpu: Mapping[str, Any], known: Geometry) -> int:
     """Memory slices, as bits, that something could be made on now, idle instances set aside."""
     taken = [Placement(i["profile"], i["start"], i["size"]) for i in gpu["instances"] if i["status"] != "idle"]
     mask = 0
-    for name in known.by_name:
+    for name in () if gpu["fault"] else known.by_name:
         for placement in known.legal(name, taken):
             mask |= placement.mask
     return mask

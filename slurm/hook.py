@@ -31,6 +31,8 @@ RETRY_SECONDS = 10
 """How soon a job without room is tried again, where Slurm allows it."""
 HOOKS_SECONDS = 10
 """What is added to a credential's life: this Prolog's end and the Epilog fall into it."""
+ELSEWHERE_SECONDS = 5
+"""How soon a job may start on another node: later than the Epilog here ends, or Slurm makes it a credential's life."""
 POLL_SECONDS = 1.0
 """How often a waiting Prolog looks for room, and whether its job still exists."""
 
@@ -142,7 +144,8 @@ def _refuse(
                 log(f"{why}; the job is gone")
                 return 0
             if job.batch:
-                _requeue(slurmctld, job, log, why)
+                life = slurmctld.credential_seconds()
+                _requeue(slurmctld, job, RETRY_SECONDS if life is None else life + HOOKS_SECONDS, log, why)
                 return 0
         except SlurmError as error:
             fault = str(error)
@@ -159,9 +162,7 @@ def _refuse(
     return 0
 
 
-def _requeue(slurmctld: Slurmctld, job: Job, log: Log, why: str) -> None:
-    life = slurmctld.credential_seconds()
-    delay = RETRY_SECONDS if life is None else life + HOOKS_SECONDS
+def _requeue(slurmctld: Slurmctld, job: Job, delay: int, log: Log, why: str) -> None:
     slurmctld.requeue(job, delay)
     log(f"{why}; requeued, to start in {delay} s at the earliest")
     # The order to end reaches slurmd a moment after the command: until then this Prolog must not end.
@@ -192,7 +193,7 @@ def _drain(hook: Hook | None, slurm_conf: str, log: Log, why: str, starting: boo
         slurmctld.drain(configuration.node_name(), f"rms: {printable(why, 200)}")
         if starting and hook and (job := slurmctld.job(hook.run.job)):
             if job.batch:
-                _requeue(slurmctld, job, log, "node drained")
+                _requeue(slurmctld, job, ELSEWHERE_SECONDS, log, "node drained")
             else:
                 slurmctld.cancel(job, f"rms: node {hook.node} is out of order; try again")
         return 0

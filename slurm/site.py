@@ -16,6 +16,7 @@ from rms.errors import NodeError, RequestError
 from rms.geometry import Geometry
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+SETTINGS = "slurm.conf.rms"
 HOOKS = {"Prolog": "prolog", "Epilog": "epilog", "TaskProlog": "task_prolog"}
 
 
@@ -39,7 +40,7 @@ def files(model: str, gpus: int, nodes: str, config_path: str, slurm_conf: str) 
     }
     made = {name: _fill(name, values) for name in (*HOOKS.values(), "job_submit.lua", "rms.lua")}
     made["rms_table.lua"] = table(known, gpus)
-    made["slurm.conf.rms"] = settings(known, gpus, nodes, directory)
+    made[SETTINGS] = settings(known, gpus, nodes, directory)
     return made
 
 

@@ -18,9 +18,11 @@ class SlurmError(Exception):
 
 
 class Job(NamedTuple):
-    """A job as slurmctld sees it. `name` is what commands must be given: `scontrol requeue 45` would requeue the whole
-    array 45 where the task that runs under the id 45 is meant, so tasks of arrays are called `45_3`."""
+    """A job as slurmctld sees it. `name` is what requeue, update and cancel must be given: `scontrol requeue 45` would
+    requeue the whole array 45 where the task that runs under the id 45 is meant, so tasks of arrays are called `45_3`;
+    a component of a heterogeneous job only goes with its leader. (A notice goes to `id`: `45_3` reaches job 45.)"""
 
+    id: int
     name: str
     state: str
     batch: bool
@@ -46,7 +48,7 @@ class Slurmctld:
         for line in output.splitlines():
             words = line.split()
             if len(words) == 5 and words[0] == str(job_id) and words[2] not in ENDED:
-                return Job(words[1], words[2], words[3] == "1", words[4] == "1")
+                return Job(job_id, words[1].partition("+")[0], words[2], words[3] == "1", words[4] == "1")
         return None
 
     def requeue(self, job: Job, delay: int) -> None:
@@ -65,11 +67,14 @@ class Slurmctld:
     def cancel(self, job: Job, message: str) -> None:
         """End a job and tell its user why."""
         with suppress(SlurmError):  # only a job with somebody to tell can be told
-            self._run("scontrol", "notify", job.name, message)
+            self._run("scontrol", "notify", str(job.id), message)
         self._run("scancel", job.name)
 
     def drain(self, node: str, reason: str) -> None:
-        """Let no more jobs start on a node."""
+        """Let no more jobs start on a node. A node that is drained already keeps the reason that it has."""
+        state = self._run("sinfo", "--noheader", f"--nodes={node}", "--format=%T")
+        if "drain" in state:
+            return
         self._run("scontrol", "update", f"NodeName={node}", "State=DRAIN", f"Reason={reason}")
 
     def credential_seconds(self) -> int | None:

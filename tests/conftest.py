@@ -130,9 +130,7 @@ class Node:
     def device(self) -> SimulatedDevice:
         """A session with all GPUs of the node, those that RMS does not manage included."""
         sim = self.simulated
-        return SimulatedDevice(
-            sim["file"], sim["model"], sim["gpus"], range(sim["gpus"]), config.boot_id(self.config)
-        )
+        return SimulatedDevice(sim["file"], sim["model"], sim["gpus"], range(sim["gpus"]), config.boot_id(self.config))
 
     def journal(self, since_boot: bool = True) -> list[dict[str, Any]]:
         """What the device was made to do."""

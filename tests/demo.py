@@ -190,7 +190,17 @@ def report(outcomes: list[Outcome], root: Path, seconds: float) -> int:
         with open(root / node / "gpus.json") as file:
             numbers |= {gpu["uuid"]: i for i, gpu in enumerate(json.load(file)["gpus"])}
     where: Callable[[Outcome], list[Slot]] = lambda o: [s for s in slots if s.record is o.record]
-    head = ("job", "user", "request", "node", "GPU", "placement", "waited", "start delay", "CUDA_VISIBLE_DEVICES in the job")
+    head = (
+        "job",
+        "user",
+        "request",
+        "node",
+        "GPU",
+        "placement",
+        "waited",
+        "start delay",
+        "CUDA_VISIBLE_DEVICES in the job",
+    )
     rows = []
     for o in sorted(outcomes, key=lambda o: o.record.start):
         mine = where(o)

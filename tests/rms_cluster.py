@@ -12,8 +12,17 @@ from rms import geometry
 from slurm import site
 
 
-def rms_cluster(root: Path, *, nodes: int = 2, gpus: int = 2, model: str = "A100-80GB", create: float = 0.1,
-                destroy: float = 0.1, settings: str = "", **options: Any) -> Cluster:
+def rms_cluster(
+    root: Path,
+    *,
+    nodes: int = 2,
+    gpus: int = 2,
+    model: str = "A100-80GB",
+    create: float = 0.1,
+    destroy: float = 0.1,
+    settings: str = "",
+    **options: Any,
+) -> Cluster:
     """A cluster, not started, whose hooks, lua and gres are what `rms slurm-config` makes.
 
     Each node keeps its files in `root`/<node>; `settings` are more lines for rms.toml, `options` go to Cluster.

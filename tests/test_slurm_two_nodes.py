@@ -1,9 +1,10 @@
-"""200 short jobs of two users on a real Slurm: nothing overlaps, nothing is lost, nothing is refused that fits."""
+"""Two nodes of a real Slurm. 200 short jobs: nothing overlaps, nothing is lost, nothing is refused that fits."""
 
 from __future__ import annotations
 
 import json
 import random
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,22 @@ pytestmark = pytest.mark.slurm
 
 JOBS = 200
 SEED = 20261122
-REQUESTS = ["1g", "1g:2", "1g.20gb", "2g", "2g:2", "3g", "3g:2", "4g", "7g", "2g:1,1g:1", "3g:1,2g:1", "1g:3,2g:1", "7g:2", "4g:2"]
+REQUESTS = [
+    "1g",
+    "1g:2",
+    "1g.20gb",
+    "2g",
+    "2g:2",
+    "3g",
+    "3g:2",
+    "4g",
+    "7g",
+    "2g:1,1g:1",
+    "3g:1,2g:1",
+    "1g:3,2g:1",
+    "7g:2",
+    "4g:2",
+]
 
 
 class Job(NamedTuple):
@@ -88,6 +104,19 @@ def refused_although_it_fits(events: list[dict[str, Any]]) -> list[str]:
     return wrong
 
 
+def test_het_components_have_their_own_instances(slurm_root: Path) -> None:
+    show = 'echo "$SLURM_PROCID $CUDA_VISIBLE_DEVICES"'
+    with rms_cluster(slurm_root.with_name("het")) as slurm:
+        job = int(slurm.run("sbatch", "--parsable", "--gres=mig:1g:2", "-n2", f"--wrap=srun --het-group=0,1 sh -c '{show}'",
+                            ":", "-n1", "--gres=mig:2g", user=slurm.users[0]).stdout)  # fmt: skip
+        slurm.wait_all(40)
+        text = (slurm.users[0].work / f"slurm-{job}.out").read_text()
+        journal = [e for node in slurm.nodes for e in records.journal(slurm.root / node / "gpus.json.journal")]
+    made = {e["uuid"]: e["profile"] for e in journal if e["op"] == "create_compute_instance"}
+    seen = dict(line.split() for line in text.splitlines())
+    assert [made[seen[rank]] for rank in "012"] == ["1g.10gb", "1g.10gb", "2g.20gb"] and len(set(seen.values())) == 3
+
+
 def test_two_hundred_jobs(slurm_root: Path) -> None:
     jobs = random_jobs()
     with rms_cluster(slurm_root, create=0.05, destroy=0.05, cred_expire=5) as slurm:
@@ -107,7 +136,7 @@ def test_two_hundred_jobs(slurm_root: Path) -> None:
         }  # fmt: skip
         shown = {
             node: json.loads(slurm.run(
-                "env", f"RMS_CONFIG={slurm.etc}/rms.toml", str(Path(__file__).parents[1] / ".venv/bin/rms"),
+                "env", f"RMS_CONFIG={slurm.etc}/rms.toml", str(Path(sys.executable).with_name("rms")),
                 "show", "--json", "--node", node).stdout)
             for node in slurm.nodes
         }  # fmt: skip

@@ -1,0 +1,292 @@
+"""What users and administrators rely on, on a real Slurm: each kind of job, each kind of failure."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import records
+from rms_cluster import rms_cluster
+from throwaway import Cluster
+
+pytestmark = pytest.mark.slurm
+
+SHOW = 'echo "$SLURM_LOCALID ${CUDA_VISIBLE_DEVICES-unset} ${NVIDIA_VISIBLE_DEVICES-unset}"'
+
+
+@pytest.fixture(scope="module")
+def slurm(slurm_root: Path) -> Iterator[Cluster]:
+    """One node with two GPUs, so that it is full when a test fills it. Credentials live 5 s, the least that Slurm takes."""
+    options = "LaunchParameters=use_interactive_step"
+    with rms_cluster(slurm_root, nodes=1, create=0.02, destroy=0.02, settings="interactive_wait_seconds = 6",
+                     cred_expire=5, extra_conf=options) as cluster:  # fmt: skip
+        yield cluster
+
+
+@pytest.fixture(autouse=True)
+def healthy(slurm: Cluster) -> Iterator[None]:
+    """After each test the node is idle, not drained, and RMS has given everything back."""
+    yield
+    slurm.run("scancel", "--user=root", check=False)
+    for user in slurm.users:
+        slurm.run("scancel", f"--user={user.name}", check=False)
+    slurm.wait(lambda: not slurm.queue(), 60, "every job is over")
+    assert tuple(slurm.node_states()["n1"]) == ("idle", "")
+    assert busy(slurm) == []
+
+
+def busy(slurm: Cluster) -> list[str]:
+    """The runs that hold something, as `rms show` says."""
+    return [str(a["run"]) for a in json.loads(slurm.run(*rms(slurm), "show", "--json").stdout)["allocations"]]
+
+
+def rms(slurm: Cluster) -> list[str]:
+    program = Path(sys.executable).with_name("rms")
+    return ["env", f"RMS_CONFIG={slurm.etc}/rms.toml", "SLURMD_NODENAME=n1", str(program)]
+
+
+def output(slurm: Cluster, job: int | str, user: int = 0) -> str:
+    return (slurm.users[user].work / f"slurm-{job}.out").read_text()
+
+
+def log(slurm: Cluster) -> str:
+    path = slurm.root / "n1" / "hooks.log"
+    return path.read_text() if path.exists() else ""
+
+
+def fill(slurm: Cluster, seconds: float) -> int:
+    """A job of the second user that runs and leaves one place for a 3g, and slices that add up to two."""
+    job = slurm.sbatch(f"sleep {seconds}", "--gres=mig:2g:4", user=slurm.users[1])
+    slurm.wait(lambda: slurm.job(job)["JobState"] == "RUNNING" and f"job {job}.0: granted" in log(slurm), 30, "it runs")
+    return job
+
+
+def test_batch_job_sees_exactly_its_instances(slurm: Cluster) -> None:
+    job = slurm.sbatch(SHOW, "--gres=mig:3g.40gb:1,mig:1g.10gb:2", user=slurm.users[0])
+    slurm.wait_all(30)
+    _, cuda, nvidia = output(slurm, job).split()
+    assert cuda == nvidia
+    uuids = cuda.split(",")
+    journal = records.journal(slurm.root / "n1" / "gpus.json.journal")
+    made = {e["uuid"]: e["profile"] for e in journal if e["op"] == "create_compute_instance" and e["code"] == 0}
+    assert [made[uuid] for uuid in uuids] == ["3g.40gb", "1g.10gb", "1g.10gb"]
+    assert not (slurm.root / "n1" / "run" / "jobs" / str(job)).exists()
+
+
+def test_job_without_mig_is_left_alone(slurm: Cluster) -> None:
+    job = slurm.sbatch(SHOW, user=slurm.users[0], env={"CUDA_VISIBLE_DEVICES": "0,1"})
+    slurm.wait_all(30)
+    assert output(slurm, job).split() == ["0", "0,1", "unset"]
+    assert f"job {job}" not in log(slurm)
+
+
+def test_tasks_share_out_the_instances(slurm: Cluster) -> None:
+    script = f"""#!/bin/sh
+    echo "batch $CUDA_VISIBLE_DEVICES"
+    srun --overlap -n4 sh -c '{SHOW}' | sort
+    srun --overlap -n1 sh -c '{SHOW}'
+    RMS_INSTANCES=1 srun --overlap -n1 sh -c '{SHOW}'
+    RMS_INSTANCES=1,0 srun --overlap -n2 sh -c '{SHOW}' | sort
+    RMS_INSTANCES=2 srun --overlap -n1 sh -c '{SHOW}' 
+    RMS_INSTANCES='0;id' srun --overlap -n1 sh -c '{SHOW}' 
+    """
+    job = slurm.sbatch(script, "--gres=mig:1g:2", "--ntasks=4", user=slurm.users[0])
+    slurm.wait_all(30)
+    lines = [line.split() for line in output(slurm, job).splitlines()]
+    a, b = lines[0][1].split(",")
+    assert [line[1] for line in lines[1:5]] == [a, b, a, b]
+    assert lines[5][1] == f"{a},{b}"
+    assert lines[6][1] == b
+    assert [line[1] for line in lines[7:9]] == [b, a]
+    assert output(slurm, job).count("RMS_INSTANCES: the job has 2 instance(s), counted from 0") == 2
+    assert "uid=" not in output(slurm, job)
+
+
+def test_parallel_steps_share_or_split(slurm: Cluster) -> None:
+    script = f"""#!/bin/sh
+    for i in 0 1; do RMS_INSTANCES=$i srun --exact -n1 --gres=mig:1g.10gb:1 sh -c 'sleep 1; {SHOW}' & done; wait
+    """
+    job = slurm.sbatch(script, "--gres=mig:1g:2", "--ntasks=2", user=slurm.users[0])
+    slurm.wait_all(30)
+    seen = {line.split()[1] for line in output(slurm, job).splitlines()}
+    assert len(seen) == 2
+
+
+def test_srun_and_salloc(slurm: Cluster) -> None:
+    done = slurm.run("srun", "--gres=mig:2g.20gb:1", "sh", "-c", SHOW, user=slurm.users[0])
+    assert done.stdout.split()[1].startswith("MIG-")
+    inside = f"{SHOW}; srun --overlap sh -c '{SHOW}'"
+    done = slurm.run("salloc", "--gres=mig:2g", "sh", "-c", inside, user=slurm.users[0])
+    # The command of salloc runs where it was typed; a step in it has the instance.
+    assert done.stdout.splitlines()[1].split()[1].startswith("MIG-")
+
+
+def test_interactive_step_of_salloc(slurm: Cluster) -> None:
+    shell = slurm.popen("script", "-qec", "salloc --gres=mig:2g", "/dev/null", user=slurm.users[0])
+    out, _ = shell.communicate("echo shell=$CUDA_VISIBLE_DEVICES; exit\n", timeout=30)
+    assert "shell=MIG-" in out
+
+
+def test_array_tasks_have_an_instance_each(slurm: Cluster) -> None:
+    array = slurm.sbatch(SHOW, "--gres=mig:1g", "--array=1-3", user=slurm.users[0])
+    slurm.wait_all(40)
+    assert len({output(slurm, f"{array}_{task}").split()[1] for task in (1, 2, 3)}) == 3
+
+
+@pytest.mark.parametrize("options", [(), ("--no-requeue",), ("--array=0",)])
+def test_no_room_requeues_and_the_script_runs_once(slurm: Cluster, options: tuple[str, ...]) -> None:
+    fill(slurm, 8)
+    job = slurm.sbatch(SHOW + "; echo ran", "--gres=mig:3g:2", *options, user=slurm.users[0])
+    slurm.wait(lambda: "; requeued" in log(slurm).rpartition(f"job {job}.0: no room")[2], 20, "refused")
+    slurm.wait(lambda: slurm.job(job)["JobState"] == "PENDING", 10, "back in the queue")
+    assert slurm.job(job)["Requeue"] == ("0" if "--no-requeue" in options else "1")
+    slurm.wait_all(60)
+    name = f"{job}_0" if "--array=0" in options else job
+    assert slurm.job(job)["JobState"] == "COMPLETED"
+    assert output(slurm, name).count("ran") == 1 and "MIG-" in output(slurm, name)
+
+
+def test_refusing_one_task_leaves_the_array_alone(slurm: Cluster) -> None:
+    fill(slurm, 6)
+    job = slurm.sbatch("sleep 1", "--array=0-2%1", "--gres=mig:3g:2", user=slurm.users[0])
+    slurm.wait(lambda: log(slurm).count("no room for 3g.40gb:2 now; requeued") > 0 and job > 0, 20, "one is refused")
+    slurm.wait_all(120)
+    assert {state for name, state in slurm.states().items() if name.startswith(f"{job}_")} == {"COMPLETED"}
+
+
+def test_srun_waits_for_room_and_gets_it(slurm: Cluster) -> None:
+    fill(slurm, 3)
+    done = slurm.run("srun", "--gres=mig:3g.40gb:2", "sh", "-c", SHOW, user=slurm.users[0], timeout=40)
+    assert done.stdout.split()[1].startswith("MIG-")
+
+
+def test_srun_without_room_is_told_and_cancelled(slurm: Cluster) -> None:
+    fill(slurm, 15)
+    done = slurm.run("srun", "--gres=mig:3g.40gb:2", "echo", "ran", user=slurm.users[0], timeout=40, check=False)
+    assert done.returncode != 0 and "ran" not in done.stdout
+    assert "no room for 3g.40gb:2" in done.stderr and "sbatch" in done.stderr
+
+
+def test_a_waiting_prolog_ends_when_its_job_is_cancelled(slurm: Cluster) -> None:
+    fill(slurm, 20)
+    before = len(log(slurm))
+    client = slurm.popen("srun", "--gres=mig:3g.40gb:2", "echo", "ran", user=slurm.users[0])
+    slurm.wait(
+        lambda: any(line.split()[1] == "RUNNING" and "games" not in line for line in slurm.queue()), 20, "it waits"
+    )
+    time.sleep(1.5)
+    client.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    client.send_signal(signal.SIGINT)
+    slurm.wait(lambda: "the job is gone" in log(slurm)[before:], 10, "its Prolog has seen it")
+    client.communicate(timeout=20)
+
+
+def test_requeue_by_hand_gives_everything_back(slurm: Cluster) -> None:
+    job = slurm.sbatch("echo run $SLURM_RESTART_COUNT; [ -n \"$SLURM_RESTART_COUNT\" ] || sleep 30", "--gres=mig:3g",
+                       user=slurm.users[0])  # fmt: skip
+    slurm.wait(lambda: f"job {job}.0: granted" in log(slurm), 20, "granted")
+    slurm.run("scontrol", "requeue", str(job), user=slurm.users[0])
+    slurm.wait(lambda: f"released run {job}.0" in log(slurm), 20, "released")
+    slurm.wait_all(60)
+    assert slurm.job(job)["JobState"] == "COMPLETED"
+    assert f"job {job}.1: granted" in log(slurm)
+
+
+def test_no_prolog_no_script(slurm: Cluster) -> None:
+    """F1: Slurm 22.05 may start a requeued job without a Prolog. The TaskProlog sends it back; here it is told to."""
+    jobs = slurm.root / "n1" / "run" / "jobs"
+    for left in ("refused 0\n", ""):
+        before = len(log(slurm))
+        job = slurm.sbatch(SHOW + "; echo ran; sleep 3", "--gres=mig:1g", "--hold", user=slurm.users[0])
+        slurm.run("scontrol", "release", str(job))
+        slurm.wait(lambda job=job: f"job {job}.0: granted" in log(slurm)[before:], 20, "granted")  # type: ignore[misc]
+        # What a start without Prolog would find, for the next step of the job.
+        (jobs / str(job)).write_text(left) if left else (jobs / str(job)).unlink()
+        step = slurm.run("srun", f"--jobid={job}", "--overlap", "echo", "step ran", user=slurm.users[0], check=False)
+        assert step.returncode != 0 and "step ran" not in step.stdout
+        assert "no MIG instance" in step.stdout
+        slurm.wait_all(30)
+
+
+def test_batch_script_without_prolog_goes_back_to_the_queue(slurm: Cluster) -> None:
+    # A Prolog that only refuses: what the guard meets where Slurm has left the real one out.
+    real = slurm.etc / "prolog"
+    text = real.read_text()
+    job = 0
+    try:
+        real.write_text(text.replace('[ "$word" = none ] && exit 0', "exit 0"))
+        job = slurm.sbatch("echo ran", "--gres=mig:1g", user=slurm.users[0])
+        slurm.wait(lambda: slurm.job(job)["Restarts"] == "1", 20, "sent back")
+    finally:
+        real.write_text(text)
+    slurm.wait_all(60)
+    assert slurm.job(job)["JobState"] == "COMPLETED"
+    assert output(slurm, job).count("\nran") + output(slurm, job).startswith("ran") == 1
+
+
+def test_a_comment_that_makes_no_sense_ends_the_job_not_the_node(slurm: Cluster) -> None:
+    for comment in ("rms1:9g.99gb:1;s=1;l=0;", "rms1:;s=;", "rms1:3g.40gb:99;s=1;l=0;", "rms1:" + "x" * 900):
+        job = slurm.sbatch("echo ran", "--gres=mig:1g", "--hold", user=slurm.users[0])
+        slurm.run("scontrol", "update", f"jobid={job}", f"comment={comment}")
+        slurm.run("scontrol", "release", str(job))
+        slurm.wait_all(30)
+        assert slurm.job(job)["JobState"] == "CANCELLED"
+        assert not (slurm.users[0].work / f"slurm-{job}.out").exists()
+
+
+@pytest.mark.parametrize("fault", ["config", "state", "python", "link"])
+def test_the_nodes_own_fault_drains_it_and_the_job_waits(slurm: Cluster, fault: str) -> None:
+    config, state, prolog = slurm.etc / "rms.toml", slurm.root / "n1" / "state" / "state.json", slurm.etc / "prolog"
+    jobs = slurm.root / "n1" / "run" / "jobs"
+    kept = {path: path.read_bytes() for path in (config, state, prolog) if path.exists()}
+    moved = jobs.with_name("moved")
+    try:
+        if fault == "config":
+            config.write_text("gpu = [0]\n")
+        elif fault == "state":
+            body = '{"schema":99}'
+            state.write_text(f'{{"crc32":{zlib.crc32(body.encode())},"state":{body}}}\n')
+        elif fault == "python":
+            prolog.write_text(prolog.read_text().replace(" -I -m slurm.hook", "-missing -I -m slurm.hook"))
+        else:
+            jobs.rename(moved)
+            jobs.symlink_to("/tmp")
+        job = slurm.sbatch("echo ran", "--gres=mig:1g", user=slurm.users[0])
+        slurm.wait(lambda: slurm.node_states()["n1"].state.startswith("drain"), 20, "drained")
+        slurm.wait(lambda: slurm.job(job)["JobState"] == "PENDING", 30, "back in the queue")
+        reason = slurm.node_states()["n1"].reason
+        assert reason.startswith("rms: ") and slurm.job(job)["Priority"] != "0"
+        assert not (slurm.users[0].work / f"slurm-{job}.out").exists()
+    finally:
+        for path, data in kept.items():
+            path.write_bytes(data)
+        if jobs.is_symlink():
+            jobs.unlink()
+            moved.rename(jobs)
+        slurm.wait(lambda: not any(" COMPLETING " in line for line in slurm.queue()), 20, "its Epilog is over")
+        slurm.run("scontrol", "update", "NodeName=n1", "State=RESUME")
+    slurm.wait_all(60)
+    assert output(slurm, job).count("ran") == 1
+
+
+def test_slurm_config_prints_what_a_site_needs(slurm: Cluster) -> None:
+    printed = slurm.run(
+        *rms(slurm), "slurm-config", "--model", "A100-80GB", "--gpus", "2", "--nodes", "gpu[01-02]"
+    ).stdout
+    assert "NodeName=gpu[01-02] Gres=mig:1g.10gb:14," in printed and "migc:14,migm:16" in printed
+    for part in (
+        "Prolog=",
+        "TaskProlog=",
+        "Epilog=",
+        "GresTypes=mig,migc,migm",
+        "rms_table.lua",
+        "-m slurm.hook prolog",
+    ):
+        assert part in printed
