@@ -102,7 +102,7 @@ def answer(pool: Pool, line: str) -> str | None:
                 return None
             case _:
                 raise RequestError(
-                    f"cannot read {printable(line.strip())!r}; write: acquire USER SPEC, or: release USER"
+                    f"cannot read '{printable(line.strip())}'; write: acquire USER SPEC, or: release USER"
                 )
     except RmsError as error:
         return f"error: {error}"

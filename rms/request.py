@@ -68,7 +68,7 @@ def parse(spec: str, geometry: Geometry) -> Request:
     for item in spec.split(","):
         match = _ITEM.fullmatch(item)
         if match is None:
-            raise RequestError(f"cannot read {printable(item)!r} in the request; write PROFILE or PROFILE:COUNT")
+            raise RequestError(f"cannot read '{printable(item)}' in the request; write PROFILE or PROFILE:COUNT")
         profile = geometry.find(match[1]).name
         count = int(match[2] or 1)
         if count < 1:
@@ -86,6 +86,6 @@ def parse_comment(comment: str) -> Ticket | None:
     match = _COMMENT.match(comment)
     if match is None:
         raise RequestError(
-            f"cannot read the job's comment {printable(comment)!r}; submit the job again with --gres=mig:..."
+            f"cannot read the job's comment '{printable(comment)}'; submit the job again with --gres=mig:..."
         )
     return Ticket(match[1], int(match[2]), int(match[3]) or None)

@@ -3,7 +3,7 @@
 Called by the shell scripts beside this file, as root, with slurmd's environment. Whose fault it was decides what
 happens: no room is nobody's (the job goes back to the queue), a request that can't be is the user's (the job is
 cancelled with a message), everything else is the node's (it is drained, the job is requeued). The exit code is 0 in
-all three; another one makes Slurm drain the node and hold the job, which is right only if slurmctld can't be told.
+all three; where slurmctld can't be told, the shell part makes Slurm itself drain the node and hold the job.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from rms.request import Ticket, parse_comment, printable
 if TYPE_CHECKING:
     from slurm.slurmctld import Job, Slurmctld
 
+UNTOLD = 75
+"""Exit code when slurmctld can't be told what to do (EX_TEMPFAIL). Not 1, with which Python ends when it is broken."""
 RETRY_SECONDS = 10
 """How soon a job without room is tried again, where Slurm allows it."""
 HOOKS_SECONDS = 10
@@ -52,7 +54,7 @@ class Hook(NamedTuple):
         def number(name: str, default: str | None = None) -> int:
             text = environment.get(name, default) or ""
             if not (text.isascii() and text.isdigit() and len(text) < 11):
-                raise NodeError(f"{name} is {printable(text)!r}, not a number: is this run by slurmd?")
+                raise NodeError(f"{name} is '{printable(text)}', not a number: is this run by slurmd?")
             return int(text)
 
         run = Run(
@@ -156,7 +158,7 @@ def _refuse(
             return _acquire(hook, config, ticket, log)
     if fault or job is None:
         log(f"{why}, and slurmctld can't be told: {fault}")
-        return 1
+        return UNTOLD
     log(f"{why} in {config.interactive_wait_seconds:g} s; cancelled, since only batch jobs can wait in the queue")
     slurmctld.cancel(job, f"rms: {why} on {hook.node}; try again later, or use sbatch, which waits in the queue")
     return 0
@@ -199,7 +201,7 @@ def _drain(hook: Hook | None, slurm_conf: str, log: Log, why: str, starting: boo
         return 0
     except SlurmError as error:
         log(f"cannot tell slurmctld: {error}")
-        return 1
+        return UNTOLD
 
 
 def main(arguments: Sequence[str]) -> int:
