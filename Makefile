@@ -18,7 +18,7 @@ check: $(VENV)/installed
 	$(BIN)/mypy
 
 bench: $(VENV)/installed
-	$(BIN)/python benchmarks/hooks.py
+	$(BIN)/python benchmarks/hooks.py --write
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "rms: needs Python 3.11 or newer: make PYTHON=python3.11"; exit 1; }

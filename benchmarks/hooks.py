@@ -2,11 +2,12 @@
 
     python benchmarks/hooks.py [--rounds N] [--quick] [--json] [--write] [--disk DIR]
 
-Every round starts each program once, one after the other, so that whatever slows the machine down hits all of them.
-The hooks are those that `rms slurm-config` makes, with the variables that slurmd gives and nothing else; each start is
-checked to have done what its row says. The node remembers as much as one that has run thousands of jobs. Its state
-directory and audit log are on tmpfs for one half of the rows and on a disk for the other; /run, as on every node, and
-the simulated GPUs are in memory for both.
+Every round starts each program, one after the other, so that whatever slows the machine down hits all of them; those
+that the others are compared with have a turn before, between and after the rest. The hooks are those that
+`rms slurm-config` makes, with the variables that slurmd gives and nothing else; each start is checked to have done what
+its row says. The node remembers as much as one that has run thousands of jobs. Its state directory and audit log are on
+tmpfs for one half of the rows and on a disk for the other; /run, as on every node, and the simulated GPUs are in memory
+for both.
 
 Syncs apart: how often a hook calls fsync is counted in a forked child that does the same; what one save's syncs take
 (file and directory) is timed in every round on a file of the same size, written in the same way in the same directory.
@@ -26,11 +27,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import controller
 from rms import config as configuration
 from rms import files
+from rms.errors import NoRoomError
 from rms.inventory import CLOSED, RECENT, Run, State
 from rms.store import Store
 from slurm import hook, site
@@ -40,6 +42,7 @@ DOCUMENT = ROOT / "docs/benchmarks.md"
 NODE = "n1"
 REQUEST = "3g.40gb:1"
 TOO_MUCH = "7g.80gb:2"
+GIVEN = "export CUDA_VISIBLE_DEVICES=MIG-"
 CREATES = ["create_gpu_instance", "create_compute_instance"]
 MIG_AIM = 1.5
 """A MIG hook without its fsyncs, in starts of a Python that imports what it cannot do without."""
@@ -52,14 +55,16 @@ IMPORTS = '`python3 -I -c "import filelock, json"`'
 
 
 class Program(NamedTuple):
-    """Something that is started once a round. `aim` is the row that it is compared with, and how many times that it
-    may take; `inside` does the same in this process, for the count of its syncs; `after` is called untimed."""
+    """Something that is started. `prints` is what its output must begin with (all output is looked at, empty for none);
+    `aim` is the row that it is compared with, and how many times that it may take; `inside` counts the syncs of the
+    same call; `after`, not timed, checks what it has done."""
 
     name: str
     medium: str
     command: Sequence[str]
     environment: Mapping[str, str]
     code: int = 0
+    prints: str = ""
     aim: tuple[str, float] | None = None
     inside: Callable[[], int] | None = None
     after: Callable[[], None] = lambda: None
@@ -111,9 +116,13 @@ gpus = 2
     def _live(self) -> None:
         """What months of jobs leave behind: three that run, an idle instance, and as much history as is ever kept."""
         config = configuration.load(str(self.toml), NODE)
-        for job, request in enumerate(["3g.40gb:1", "2g.20gb:1,1g.10gb:1", "1g.10gb:1", "1g.20gb:1"], 1):
-            controller.Controller(config).acquire(Run("cluster", job, 0), 65534, request, int(time.time()), 60)
-        controller.Controller(config).release(Run("cluster", 4, 0))
+
+        def local() -> controller.Controller:
+            return controller.Controller(config, log=lambda text: None)
+
+        for job, request in enumerate(["4g.40gb:1", "2g.20gb:1,1g.10gb:1", "1g.10gb:1", "1g.10gb:1"], 1):
+            local().acquire(Run("cluster", job, 0), 65534, request, int(time.time()), 60)
+        local().release(Run("cluster", 4, 0))
         store = Store(config.state_dir, time.monotonic() + 60)
         with store.open("benchmark") as state:
             now = time.time()
@@ -190,10 +199,10 @@ def slurmd(slurm_conf: str, option: str, job: int, comment: str) -> dict[str, st
     return told
 
 
-def programs(plain: Node, nodes: Sequence[Node]) -> list[Program]:
+def programs(nodes: Sequence[Node]) -> list[Program]:
     """All that is started in a round, in order."""
     python = [sys.executable, "-I", "-c"]
-    found = [
+    references = [
         Program(SHELL, "", ["/bin/sh", "-c", ":"], {}),
         Program(PYTHON, "", [*python, "pass"], {}),
         Program(IMPORTS, "", [*python, "import filelock, json"], {}),
@@ -217,33 +226,39 @@ def programs(plain: Node, nodes: Sequence[Node]) -> list[Program]:
 
         return check
 
-    cheap = (SHELL, PLAIN_AIM)
-    found += [
-        plain.hook("Prolog, job without MIG", "Prolog", 100, "", aim=cheap, after=word(plain, 100, "none")),
-        plain.hook("TaskProlog, job without MIG", "TaskProlog", 100, "", aim=cheap),
-        plain.hook("Epilog, job without MIG", "Epilog", 100, "", aim=cheap, after=word(plain, 100, None)),
+    cheap: dict[str, Any] = {"aim": (SHELL, PLAIN_AIM)}
+    mig: dict[str, Any] = {"aim": (IMPORTS, MIG_AIM)}
+    plain = nodes[0]
+    found = [
+        plain.hook("Prolog, job without MIG", "Prolog", 100, "", after=word(plain, 100, "none"), **cheap),
+        plain.hook("TaskProlog, job without MIG", "TaskProlog", 100, "", **cheap),
+        plain.hook("Epilog, job without MIG", "Epilog", 100, "", after=word(plain, 100, None), **cheap),
     ]
+    found = [*references, *(program._replace(medium="") for program in found)]  # a shell never looks at the state
     for node in nodes:
         comment = f"rms1:{REQUEST};s={int(time.time())};l=60;"
-        mig: dict[str, Any] = {"aim": (IMPORTS, MIG_AIM)}
         refused = ["acquire", "--job", "99", "--restart", "0", "--uid", "65534", "--request", TOO_MUCH]
         environment = {"RMS_CONFIG": str(node.toml), "SLURMD_NODENAME": NODE}
         found += [
             Program(
-                "no room, the decision alone (`controller.py acquire`)",
+                "no room: the decision alone",
                 node.medium,
                 [sys.executable, "-I", "-m", "controller", *refused],
                 environment,
-                code=4,
-                inside=lambda e=environment, r=refused: within(e, lambda: controller.main(r)),  # type: ignore[misc]
+                code=NoRoomError.code,
+                prints="rms: no room for",
+                inside=lambda e=environment, r=refused: within(e, lambda: controller.main(r)),
                 after=did(node, 99, [], "refused"),
                 **mig,
             ),
             node.hook("Prolog, creates", "Prolog", 101, comment, after=did(node, 101, CREATES, "granted"), **mig),
-            node.hook("Epilog, releases", "Epilog", 101, comment, after=did(node, 101, [], None), **mig),
+            node.hook("Epilog after it", "Epilog", 101, comment, after=did(node, 101, [], None), **mig),
             node.hook("Prolog, reuses", "Prolog", 102, comment, after=did(node, 102, [], "granted"), **mig),
-            node.hook("TaskProlog, job with an instance", "TaskProlog", 102, comment, aim=cheap),
-            node.hook("Epilog, releases what was reused", "Epilog", 102, comment, after=did(node, 102, [], None), **mig),
+            node.hook("TaskProlog, job with MIG", "TaskProlog", 102, comment, prints=GIVEN, **cheap)._replace(
+                medium=""
+            ),
+            node.hook("Epilog after that", "Epilog", 102, comment, after=did(node, 102, [], None), **mig),
+            *references,
         ]
     return found
 
@@ -260,7 +275,9 @@ def start(program: Program, output: str) -> float:
     status = os.wait4(pid, 0)[1]
     took = (time.perf_counter_ns() - began) / 1e6
     code = os.waitstatus_to_exitcode(status)
-    expect(code == program.code, f"{program.name}: exit {code}: {Path(output).read_text(errors='replace')}")
+    printed = Path(output).read_text(errors="replace")
+    right = code == program.code and printed.startswith(program.prints) and bool(printed) == bool(program.prints)
+    expect(right, f"{program.name}: exit {code}, printed {printed!r}")
     return took
 
 
@@ -304,7 +321,7 @@ def save_ms(node: Node) -> float:
         sync(descriptor)
         spent += time.perf_counter_ns() - began
 
-    os.fsync = timed  # type: ignore[assignment]
+    os.fsync = timed
     try:
         files.replace(str(probe), path.read_bytes(), keep=f"{probe}.previous")
     finally:
@@ -323,56 +340,48 @@ def measure(rounds: int, disk: Path) -> tuple[list[Row], dict[str, float]]:
 
         memory = Path("/dev/shm")
         nodes = [Node("tmpfs", directory(memory), directory(memory)), Node("disk", directory(disk), directory(memory))]
-        todo = programs(nodes[0], nodes)
+        todo = programs(nodes)
         output = str(directory(memory) / "output")
 
-        counts: dict[tuple[str, str], int] = {}
+        unique = {program[:2]: program for program in todo}
+        counts = dict.fromkeys(unique, 0)
         for node in nodes:
             node.restore()
-        for program in todo:
-            counts[program.name, program.medium] = program.inside() if program.inside else 0
+        for key, program in unique.items():
             if program.inside:
+                counts[key] = program.inside()
                 program.after()
-        times: dict[tuple[str, str], list[float]] = {(p.name, p.medium): [] for p in todo}
+        times: dict[tuple[str, str], list[float]] = {key: [] for key in unique}
         saves: dict[str, list[float]] = {node.medium: [] for node in nodes}
         for number in range(rounds + 1):
             for node in nodes:
                 node.restore()
+            time.sleep(0.02)  # for the kernel, which has just been kept busy
             for program in todo:
                 took = start(program, output)
                 program.after()
                 if number:  # the first round only fills the caches, and writes the .pyc files where they are missing
-                    times[program.name, program.medium].append(took)
+                    times[program[:2]].append(took)
             for node in nodes:
                 saves[node.medium].append(save_ms(node))
 
     medians = {medium: statistics.median(found) for medium, found in saves.items()}
-    known = {name: found for (name, medium), found in times.items() if not medium}
-    rows = []
-    for program in todo:
-        found = times[program.name, program.medium]
-        fsyncs = counts[program.name, program.medium]
-        syncing = fsyncs / 2 * medians.get(program.medium, 0.0)
-        ratio = least = None
-        if program.aim:
-            ratio = (statistics.median(found) - syncing) / statistics.median(known[program.aim[0]])
-            least = max(0.0, min(found) - syncing) / min(known[program.aim[0]])
-        p95 = sorted(found)[-(-len(found) * 95 // 100) - 1]
-        rows.append(
-            Row(
-                program.name,
-                program.medium,
-                statistics.median(found),
-                p95,
-                min(found),
-                fsyncs,
-                syncing,
-                program.aim,
-                ratio,
-                least,
-            )
-        )
-    return rows, medians
+    return [_row(program, times, counts[key], medians) for key, program in unique.items()], medians
+
+
+def _row(
+    program: Program, times: Mapping[tuple[str, str], Sequence[float]], fsyncs: int, saves: Mapping[str, float]
+) -> Row:
+    found = sorted(times[program[:2]])
+    median = statistics.median(found)
+    syncing = fsyncs / 2 * saves.get(program.medium, 0.0)
+    ratio = least_ratio = None
+    if program.aim:
+        reference = times[program.aim[0], ""]
+        ratio = (median - syncing) / statistics.median(reference)
+        least_ratio = max(0.0, found[0] - syncing) / min(reference)
+    p95 = found[-(-len(found) * 95 // 100) - 1]
+    return Row(*program[:2], median, p95, found[0], fsyncs, syncing, program.aim, ratio, least_ratio)
 
 
 def machine(disk: Path) -> dict[str, Any]:
@@ -405,54 +414,47 @@ def file_system(directory: Path) -> str:
 def table(rows: Sequence[Row]) -> str:
     """The rows as a table of Markdown."""
     lines = [
-        "| program | state | median ms | p95 ms | fsyncs | they take ms | without them | aim |",
+        "| program | state on | median ms | p95 ms | fsyncs | they take | without them | aim: at most |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
-        ratio = unit = ""
+        cells = [row.name, row.medium, f"{row.median:.1f}", f"{row.p95:.1f}"]
+        cells += [str(row.fsyncs), f"{row.fsync_ms:.1f} ms"] if row.fsyncs else ["", ""]
         if row.aim and row.ratio is not None:
-            ratio = f"{row.ratio:.2f} x {'import' if row.aim[0] == IMPORTS else 'sh'}"
-            unit = f"{row.aim[1]:g}" + ("" if row.ratio <= row.aim[1] else " **missed**")
-        syncs = (str(row.fsyncs), f"{row.fsync_ms:.1f}") if row.fsyncs else ("", "")
-        lines.append(
-            f"| {row.name} | {row.medium} | {row.median:.1f} | {row.p95:.1f} | {syncs[0]} | {syncs[1]} | {ratio} | {unit} |"
-        )
+            cells.append(f"{row.ratio:.2f} x {'import' if row.aim[0] == IMPORTS else 'sh'}")
+            cells.append(f"{row.aim[1]:g}" + ("" if row.ratio <= row.aim[1] else ", missed"))
+        else:
+            cells += ["", ""]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def report(rows: Sequence[Row], saves: Mapping[str, float], seen: Mapping[str, Any], rounds: int, command: str) -> str:
-    """The section of the document."""
+def report(rows: Sequence[Row], saves: Mapping[str, float], seen: Mapping[str, Any], rounds: int) -> str:
+    """What was measured, on what, as the document has it."""
     syncs = ", ".join(f"{took:.2f} ms on {medium}" for medium, took in saves.items())
     return f"""\
-`{command}`: {rounds} rounds, interleaved, on {seen["cores"]} cores, {seen["kernel"]}, Python {seen["python"]}, \
-filelock {seen["filelock"]}, /bin/sh is {seen["shell"]}, disk is {seen["disk"]}; .pyc files \
-{"existed" if seen["pyc"] else "did NOT exist"}, a syslog {"listened" if seen["syslog"] else "did not listen"}.
-The syncs of one save (state file and its directory), measured in the same rounds: {syncs}.
-"without them" is (median - fsyncs) in medians of the last of the three reference rows ("import"), or of the first ("sh").
+{rounds} rounds on {seen["cores"]} cores, {seen["kernel"]}, Python {seen["python"]}, filelock {seen["filelock"]}, \
+/bin/sh is {seen["shell"]}, the disk has {seen["disk"]}; \
+.pyc files {"existed" if seen["pyc"] else "did not exist"}; \
+a syslog {"listened" if seen["syslog"] else "did not listen"}.
+The two fsyncs of one save of the state (the file, its directory) took {syncs} (median, same rounds).
 
 {table(rows)}
 """
 
 
 def put(text: str) -> None:
-    """Put the section into the document, between its marks."""
-    begin, end = "<!-- hooks: written by benchmarks/hooks.py -->", "<!-- end of hooks -->"
-    old = DOCUMENT.read_text()
-    head, found, rest = old.partition(begin)
-    _, closed, tail = rest.partition(end)
-    expect(bool(found and closed), f"{DOCUMENT.name} has lost the marks between which the table goes")
-    DOCUMENT.write_text(f"{head}{begin}\n{text}{end}{tail}")
+    """Put it into the document, between its marks."""
+    head, begin, rest = DOCUMENT.read_text().partition("<!-- hooks: written by make bench -->\n")
+    _, end, tail = rest.partition("<!-- end of hooks -->\n")
+    expect(bool(begin and end), f"{DOCUMENT.name} has lost the marks between which the table goes")
+    DOCUMENT.write_text(f"{head}{begin}{text}{end}{tail}")
 
 
 def expect(true: bool, otherwise: str) -> None:
-    """End the benchmark where it would measure something else than it says."""
+    """End the benchmark, with one line, where it would measure something else than it says."""
     if not true:
-        fail(otherwise)
-
-
-def fail(text: str) -> NoReturn:
-    """End with one line."""
-    sys.exit(f"hooks.py: {text}")
+        sys.exit(f"hooks.py: {otherwise}")
 
 
 def main() -> None:
@@ -469,7 +471,7 @@ def main() -> None:
     expect(os.access("/dev/shm", os.W_OK), "needs a tmpfs on /dev/shm")
     rows, saves = measure(rounds, options.disk)
     seen = machine(options.disk)
-    text = report(rows, saves, seen, rounds, "make bench" if rounds == 40 else f"hooks.py --rounds {rounds}")
+    text = report(rows, saves, seen, rounds)
     if options.json:
         print(json.dumps({"schema": 1, "machine": seen, "rounds": rounds, "rows": [row._asdict() for row in rows]}))
     else:

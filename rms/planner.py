@@ -8,9 +8,11 @@ chooses where, never whether.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from operator import add, mul
 from typing import NamedTuple
 
-from rms.geometry import Counts, Geometry, Layout, Placement, combined
+from rms.geometry import Counts, Geometry, Layout, Placement, undominated
 from rms.request import Request
 
 
@@ -169,8 +171,34 @@ def _in_the_way(gpu: GpuView, placement: Placement) -> tuple[Placement, ...]:
 
 def fits(view: View, request: Request) -> bool:
     """Whether the whole request can be placed at once, idle instances destroyed where they are in the way. Exact."""
-    # A quick packing answers most questions; only where it fails are all layouts looked at.
-    return _packs(view, request) or _reaches(view, request)
+    # Sums and a quick packing answer most questions; only where they do not are all layouts looked at.
+    return _within(view, request) and (_packs(view, request) or _reaches(view, request))
+
+
+def _within(view: View, request: Request) -> bool:
+    """Whether the slices suffice by their sums, which is necessary: it refuses at once what is far too much."""
+    return all(
+        sum(count * _least(view, profile)[kind] for profile, count in request.items)
+        <= sum(_free(g)[kind] for g in view.gpus)
+        for kind in (0, 1)
+    )
+
+
+def _least(view: View, profile: str) -> tuple[int, int]:
+    """Memory and compute slices of a profile, on the GPU where it takes least; more than any has if it is unknown."""
+    known = [gpu.geometry.by_name[profile] for gpu in view.gpus if profile in gpu.geometry.by_name]
+    return min((p.memory for p in known), default=99), min((p.compute for p in known), default=99)
+
+
+def _free(gpu: GpuView) -> tuple[int, int]:
+    """Memory and compute slices that nobody has, or more."""
+    mask = 0
+    for placement in gpu.taken:
+        mask |= placement.mask
+    compute = max(p.compute for p in gpu.geometry.profiles)
+    if sum(p.size for p in gpu.taken) == mask.bit_count():  # else some overlap: a GPU that offers nothing has a blocker
+        compute -= sum(gpu.geometry.by_name[p.profile].compute for p in gpu.taken)
+    return gpu.geometry.slots - mask.bit_count(), compute
 
 
 def _packs(view: View, request: Request) -> bool:
@@ -191,15 +219,33 @@ def _packs(view: View, request: Request) -> bool:
 
 def _reaches(view: View, request: Request) -> bool:
     names = [profile for profile, _ in request.items]
+    counts = request.counts
+    least = [_least(view, profile) for profile in names]
+    later = [_free(gpu) for gpu in view.gpus]
     reach: set[Counts] = {(0,) * len(names)}
     for gpu in view.gpus:
         # A profile that this model lacks is wanted zero times of it; any name stands in for it.
-        here = [name if name in gpu.geometry.by_name else gpu.geometry.profiles[0].name for name in names]
+        here = tuple(name if name in gpu.geometry.by_name else gpu.geometry.profiles[0].name for name in names)
         wanted = tuple(c if name in gpu.geometry.by_name else 0 for name, c in request.items)
-        reach = combined(reach, gpu.geometry.frontier(here, wanted, gpu.taken), request.counts)
-        if request.counts in reach:
+        alone = _holds(gpu.geometry, here, wanted, frozenset(gpu.taken))
+        sums = {tuple(map(min, map(add, x, y), counts)) for x in reach for y in alone}
+        if counts in sums:
             return True
+        # What the GPUs to come can't make up for, by the sums of their slices, leads nowhere.
+        later = later[1:]
+        for kind in (0, 1):
+            room = sum(free[kind] for free in later)
+            need = [size[kind] for size in least]
+            most = sum(map(mul, counts, need)) - room
+            sums = {found for found in sums if sum(map(mul, found, need)) >= most}
+        reach = undominated(sums)
     return False
+
+
+@lru_cache(maxsize=1024)
+def _holds(geometry: Geometry, profiles: tuple[str, ...], wanted: Counts, taken: frozenset[Placement]) -> set[Counts]:
+    # The GPUs of a node are often alike, and most stay the same from one instance of a request to the next.
+    return geometry.frontier(profiles, wanted, taken)
 
 
 def _size(view: View, profile: str) -> tuple[int, int]:

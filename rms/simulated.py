@@ -150,8 +150,11 @@ class SimulatedDevice:
                 state |= {"boot_id": self._boot_id, "gpus": self._fresh, "holders": {}, "faults": [], "last": None}
                 state["journal"] = self._journal_size()
                 self._save(state)
-            elif state["last"] is not None and self._journal_size() == state["journal"]:
-                self._log(state["last"])  # a writer was killed between the state and its line in the journal
+            elif state["last"] is not None and self._journal_size() < state["journal"] + len(_line(state["last"])):
+                # A writer was killed between the state and its line in the journal, or within the line.
+                with open(f"{self._path}.journal", "ab") as file:
+                    file.truncate(state["journal"])
+                self._log(state["last"])
             yield state
 
     @contextmanager
@@ -182,7 +185,7 @@ class SimulatedDevice:
 
     def _log(self, entry: dict[str, Any]) -> None:
         with open(f"{self._path}.journal", "ab", buffering=0) as file:
-            file.write(json.dumps(entry).encode() + b"\n")
+            file.write(_line(entry))
 
 
 def gi_id(slots: int, start: int, size: int) -> int:
@@ -197,6 +200,10 @@ def gi_id(slots: int, start: int, size: int) -> int:
 def _uuid(*names: str) -> str:
     digits = hashlib.sha1("/".join(names).encode(), usedforsecurity=False).hexdigest()
     return f"{digits[:8]}-{digits[8:12]}-5{digits[13:16]}-a{digits[17:20]}-{digits[20:32]}"
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    return json.dumps(entry).encode() + b"\n"
 
 
 def _placement(instance: dict[str, Any]) -> Placement:

@@ -40,7 +40,7 @@ class Store:
         self.path = os.path.join(directory, "state.json")
         self._directory = directory
         self._deadline = deadline
-        self._body = ""
+        self._body = ""  # the JSON text that the file is known to have: what need not be written again
 
     @contextmanager
     def open(self, what: str) -> Iterator[State]:
@@ -49,9 +49,7 @@ class Store:
         Raises NodeError if the directory can't be used, LockTimeoutError, and Damaged where only recovery helps.
         """
         with self._locked("state.lock", what):
-            state = self._load()
-            self._body = inventory.to_json(state)
-            yield state
+            yield self._load()
 
     def glance(self) -> State:
         """The state as it stands, without its lock: right for a look, since the file is replaced whole.
@@ -64,7 +62,6 @@ class Store:
     def rebuild(self, what: str) -> Iterator[State | None]:
         """The state to recover from, with the lock held; None if somebody has recovered it meanwhile."""
         with self._locked("state.lock", what):
-            self._body = ""
             try:
                 state = self._load()
                 yield None if state.boot_id else state
@@ -92,10 +89,13 @@ class Store:
             files.replace(self.path, data.encode(), keep=f"{self.path}.previous")
         except OSError as error:
             raise NodeError(f"cannot write {self.path}: {error.strerror}") from error
+        self._body = body
 
     def _load(self) -> State:
+        self._body = ""
         try:
-            return _read(self.path)
+            state, self._body = _read(self.path)
+            return state
         except FileNotFoundError:
             if not os.path.exists(f"{self.path}.previous"):
                 return State()
@@ -105,7 +105,7 @@ class Store:
         except OSError as error:
             raise NodeError(f"cannot read {self.path}: {error.strerror}") from error
         try:
-            raise Damaged(f"{self.path} {fault}; its previous generation is used", _read(f"{self.path}.previous"))
+            raise Damaged(f"{self.path} {fault}; its previous generation is used", _read(f"{self.path}.previous")[0])
         except (OSError, ValueError, KeyError, TypeError):
             raise Damaged(f"{self.path} {fault}, and there is no previous generation", None) from None
 
@@ -132,7 +132,8 @@ class Store:
             lock.release()
 
 
-def _read(path: str) -> State:
+def _read(path: str) -> tuple[State, str]:
+    """The state in a file, and the JSON text of it."""
     with open(path, "rb") as file:
         text = file.read().decode()
     head, separator, body = text.partition(',"state":')
@@ -147,7 +148,7 @@ def _read(path: str) -> State:
             f"{path} has schema {data.get('schema')}, this RMS knows {inventory.SCHEMA}: "
             "install the RMS that wrote it, or move the file away while no job runs"
         )
-    return inventory.from_json(data)
+    return inventory.from_json(data), body
 
 
 def _sign(descriptor: int, what: str) -> None:

@@ -1,0 +1,1 @@
+"""What is learned, and what it is measured with: simulator, baselines, exact optima; training and the runtime."""

@@ -1,0 +1,8 @@
+"""Which random numbers are for what. The ranges share none; the test range is read by `make bench-policy` only."""
+
+TRAINING = range(0, 1_000_000)
+TUNING = range(1_000_000, 2_000_000)
+"""For whatever is decided by looking at results: step sizes, features, which model ships."""
+TEST = range(2_000_000, 3_000_000)
+CHECKS = range(3_000_000, 4_000_000)
+"""For tests of the code."""

@@ -1,0 +1,536 @@
+"""Event-driven simulator of one node: where a rule puts instances, and what becomes of the jobs.
+
+Loss mode (a request that does not fit is lost) or a queue with backfill; a fixed pool or an elastic one. Everything
+mutable is in a `World`, so that a run can be stopped after any arrival and gone on with, by a rule that has learned
+meanwhile. The rules of placing are those of `rms.planner`; a test holds the two together, job by job.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from policy import transitions
+from policy.jit import compiled, inlined
+from policy.transitions import Transitions
+from policy.workload import Floats, Ints, Jobs, sizes
+
+Array = npt.NDArray[Any]
+
+LEAST = -(2**62)
+"""Below every score."""
+
+FIT, GPU_SUMS, NODE_SUMS = 0, 1, 2
+"""What Slurm knows when it starts a job: whether it fits; or the slices that are free by sums, of each GPU or in all."""
+
+# Event codes of the heap: 0 and up is a departure (GPU and placement), WAKE a second look at the queue.
+WAKE = -1
+# Places in World.count and World.clock.
+ARRIVED, EVENTS, HEAD, TAIL, QUEUED, RESERVED, NONEMPTY, PEAK, RANDOM = range(9)
+NOW, GATE, DRAINED, GPU_TIME = range(4)
+
+
+class Tables(NamedTuple):
+    """`Transitions` as arrays. The placements of profile p are first[p] to first[p + 1] - 1."""
+
+    after: Array
+    before: Array
+    fits: Array
+    first: Array
+    overlaps: Array
+    compute: Array
+    memory: Array
+    profile_compute: Array
+    profile_memory: Array
+    slots: int
+
+
+class Rule(NamedTuple):
+    """Where instances go: the highest score wins, then the lowest GPU, then the lowest start.
+
+    `score[s, k]` is the score of placement k on a GPU in state s, `best[s, p]` the best placement of a profile there.
+    `bonus` is added where an idle instance is reused. `lowest` takes the first GPU with room, whatever the others
+    score; `random` scores at random. `capability` weighs what profiles the node can still place afterwards, before
+    `score`. With `rate` above 0 the score is that of `value` over the known remaining times (`over_time`).
+    """
+
+    score: Array
+    best: Array
+    value: Array
+    rate: float
+    capability: Array
+    bonus: int
+    lowest: bool
+    random: bool
+
+
+class Node(NamedTuple):
+    """What is simulated. `depth` is how many waiting jobs backfill looks at; 0 is loss mode, 1 strict order.
+
+    `reserve`: for the first waiting job that needs a whole GPU the one that drains first is kept, and only jobs that
+    end by then are started there. `elastic`: an empty GPU is taken only when nothing else fits. `lazy`: instances stay
+    when their job ends, for reuse, and are destroyed when in the way. `create` and `destroy` are times that delay a
+    start. `latency` is the time from a start until Slurm knows of it and may start the next (the token). `hold` is how
+    long a job waits that Slurm started and that did not fit.
+    """
+
+    gpus: int
+    depth: int = 0
+    reserve: bool = False
+    elastic: bool = False
+    lazy: bool = False
+    create: float = 0.0
+    destroy: float = 0.0
+    admission: int = FIT
+    latency: float = 0.0
+    hold: float = 0.02
+
+
+class World(NamedTuple):
+    """A node at one moment, and what became of each job so far.
+
+    By GPU: `state` (what is busy), `idle` (existing instances that nobody has, as bits) and `ends` (when jobs are
+    expected to end, by placement). `room[p]` counts the GPUs that can take profile p. By job: `start` (nan as long as
+    it has none), `gpu` and `placement` (-1), how many instances were `created` and `destroyed` for it, and how often it
+    was `misplaced`.
+    """
+
+    state: Array
+    idle: Array
+    ends: Array
+    room: Array
+    times: Array
+    codes: Array
+    follower: Array
+    leader: Array
+    ready: Array
+    path: Array
+    weight: Array
+    count: Array
+    clock: Array
+    start: Array
+    gpu: Array
+    placement: Array
+    created: Array
+    destroyed: Array
+    misplaced: Array
+
+
+@cache
+def tables(model: str) -> Tables:
+    """The tables of a GPU model."""
+    return tabulate(transitions.load(model))
+
+
+def tabulate(moves: Transitions) -> Tables:
+    """Transitions as arrays."""
+    by_name = moves.geometry.by_name
+    after = np.array(moves.after, dtype=np.int32)
+    first = np.array([0, *np.cumsum([len(places) for places in moves.of_profile])], dtype=np.int32)
+    fits = np.array([[any(row[k] >= 0 for k in ks) for ks in moves.of_profile] for row in moves.after], dtype=np.int32)
+    overlaps = [
+        sum(1 << other for other, q in enumerate(moves.placements) if p.mask & q.mask) for p in moves.placements
+    ]
+    return Tables(
+        after,
+        np.array(moves.before, dtype=np.int32),
+        fits,
+        first,
+        np.array(overlaps, dtype=np.int64),
+        np.array([sum(by_name[p.profile].compute for p in held) for held in moves.states], dtype=np.int32),
+        np.array([sum(p.size for p in held) for held in moves.states], dtype=np.int32),
+        np.array([by_name[name].compute for name in moves.profiles], dtype=np.int32),
+        sizes(moves).astype(np.int32),
+        moves.geometry.slots,
+    )
+
+
+def rule(
+    t: Tables,
+    score: Floats,
+    *,
+    value: Floats | None = None,
+    rate: float = 0.0,
+    capability: Floats | None = None,
+    reuse: float = 0.0,
+    lowest: bool = False,
+    random: bool = False,
+) -> Rule:
+    """A rule from its scores. They count in millionths, so that all implementations see the same ties; a reuse that
+    scores nothing in itself still breaks them."""
+    whole = 2 * np.round(np.where(t.after >= 0, score, 0.0) * 1e6).astype(np.int64)
+    whole[t.after < 0] = LEAST
+    best = np.stack([a + whole[:, a:b].argmax(axis=1) for a, b in zip(t.first, t.first[1:], strict=False)], axis=1)
+    return Rule(
+        whole,
+        best.astype(np.int32),
+        np.zeros(len(t.after)) if value is None else value,
+        rate,
+        np.zeros(len(t.first) - 1, dtype=np.int64) if capability is None else np.round(capability * 1e6).astype(np.int64),
+        2 * round(reuse * 1e6) + 1,
+        lowest,
+        random,
+    )
+
+
+def by_value(t: Tables, value: Floats, rate: float = 0.0, reuse: float = 0.0) -> Rule:
+    """The rule that wants the highest sum of `value[state]` over the GPUs after the decision."""
+    gain = np.where(t.after >= 0, value[t.after], 0.0) - value[:, None]
+    return rule(t, gain, value=value, rate=rate, reuse=reuse)
+
+
+def world(t: Tables, node: Node, count: int, seed: int = 0) -> World:
+    """An empty node before the first of `count` jobs."""
+    placements = len(t.overlaps)
+    events = node.gpus * t.slots + 2 + (0 if node.admission == FIT and node.latency == 0 else 2 * count)
+    counters = np.zeros(9, dtype=np.int64)
+    counters[[HEAD, TAIL, RESERVED]] = -1
+    counters[RANDOM] = np.random.default_rng(seed).integers(1, 2**62)
+    linked = count if node.depth else 0
+    return World(
+        state=np.zeros(node.gpus, dtype=np.int32),
+        idle=np.zeros(node.gpus, dtype=np.int64),
+        ends=np.full((node.gpus, placements), np.inf),
+        room=np.full(len(t.first) - 1, node.gpus, dtype=np.int64),
+        times=np.empty(events),
+        codes=np.empty(events, dtype=np.int64),
+        follower=np.full(linked, -1, dtype=np.int32),
+        leader=np.full(linked, -1, dtype=np.int32),
+        ready=np.zeros(linked),
+        path=np.zeros(t.slots + 1, dtype=np.int32),
+        weight=np.zeros(t.slots + 1),
+        count=counters,
+        clock=np.array([0.0, -np.inf, 0.0, 0.0]),
+        start=np.full(count, np.nan),
+        gpu=np.full(count, -1, dtype=np.int16),
+        placement=np.full(count, -1, dtype=np.int16),
+        created=np.zeros(count, dtype=np.int8),
+        destroyed=np.zeros(count, dtype=np.int8),
+        misplaced=np.zeros(count, dtype=np.int32),
+    )
+
+
+def simulate(t: Tables, node: Node, rule: Rule, jobs: Jobs, seed: int = 0) -> World:
+    """A whole run: every job has ended or is lost, and the world says what became of each."""
+    w = world(t, node, len(jobs.submit), seed)
+    advance(t, node, rule, jobs, w, len(jobs.submit))
+    finish(t, node, rule, jobs, w)
+    return w
+
+
+def finish(t: Tables, node: Node, rule: Rule, jobs: Jobs, w: World) -> None:
+    """Go on after the last arrival until nothing runs and nobody waits."""
+    advance(t, node, rule, jobs, w, len(jobs.submit) + 1)
+
+
+# What follows is compiled. Numbers and arrays only; a function gets all that it reads.
+
+
+@inlined()
+def draw(w: World) -> int:
+    """The next random number, 62 bits (xorshift64, kept in the world so that a stopped run goes on the same)."""
+    x = np.uint64(w.count[RANDOM])
+    x ^= x << np.uint64(13)
+    x ^= x >> np.uint64(7)
+    x ^= x << np.uint64(17)
+    w.count[RANDOM] = np.int64(x)
+    return np.int64(x >> np.uint64(2))
+
+
+@inlined()
+def push(w: World, time: float, code: int) -> None:
+    """Add an event to the heap."""
+    i = w.count[EVENTS]
+    w.count[EVENTS] = i + 1
+    while i > 0:
+        parent = (i - 1) >> 1
+        if w.times[parent] <= time:
+            break
+        w.times[i], w.codes[i] = w.times[parent], w.codes[parent]
+        i = parent
+    w.times[i], w.codes[i] = time, code
+
+
+@inlined()
+def pop(w: World) -> int:
+    """Take the earliest event off the heap; its code."""
+    code = w.codes[0]
+    w.count[EVENTS] -= 1
+    last = w.count[EVENTS]
+    time, moved = w.times[last], w.codes[last]
+    i = 0
+    while True:
+        child = 2 * i + 1
+        if child >= last:
+            break
+        if child + 1 < last and w.times[child + 1] < w.times[child]:
+            child += 1
+        if w.times[child] >= time:
+            break
+        w.times[i], w.codes[i] = w.times[child], w.codes[child]
+        i = child
+    w.times[i], w.codes[i] = time, moved
+    return code
+
+
+@inlined()
+def become(t: Tables, w: World, g: int, new: int) -> None:
+    """Change what is busy on a GPU."""
+    old = w.state[g]
+    w.state[g] = new
+    for p in range(len(w.room)):
+        w.room[p] += t.fits[new, p] - t.fits[old, p]
+    if old == 0:
+        w.count[NONEMPTY] += 1
+        w.count[PEAK] = max(w.count[PEAK], w.count[NONEMPTY])
+    elif new == 0:
+        w.count[NONEMPTY] -= 1
+
+
+@compiled()
+def foresee(t: Tables, r: Rule, w: World, g: int, now: float) -> int:
+    """Write down how a GPU is expected to empty: its states in w.path, and until when each lasts in w.weight, as
+    exp(-rate * time). Returns how many there are. An instance whose end is unknown or past is taken to stay."""
+    state, count = w.state[g], 0
+    while True:
+        w.path[count] = state
+        following, leaver = np.inf, -1
+        for k in range(len(t.overlaps)):
+            if t.before[state, k] >= 0 and now < w.ends[g, k] < following:
+                following, leaver = w.ends[g, k], k
+        w.weight[count] = np.exp(-r.rate * (following - now)) if leaver >= 0 else 0.0
+        count += 1
+        if leaver < 0:
+            return count
+        # The next search must not see it again: it is no longer in the state.
+        state = t.before[state, leaver]
+
+
+@compiled()
+def over_time(t: Tables, r: Rule, w: World, count: int, k: int, until: float) -> float:
+    """What placement k adds to the value of the GPU that was foreseen, over the time that its job is expected to run:
+    the mean over tau, weighted by rate * exp(-rate * tau), of value(state at tau with it) - value(state without).
+
+    `until` is exp(-rate * that time). Where no end is known this is the plain difference of values.
+    """
+    since, total = 1.0, 0.0
+    for i in range(count):
+        left = max(w.weight[i], until)
+        total += (since - left) * (r.value[t.after[w.path[i], k]] - r.value[w.path[i]])
+        since = left
+        if left <= until:
+            break
+    return total
+
+
+@compiled()
+def capability(t: Tables, r: Rule, w: World, old: int, new: int) -> int:
+    """The weights of the profiles that the node can still place when a GPU goes from state `old` to `new`."""
+    total = 0
+    for p in range(len(w.room)):
+        if w.room[p] + t.fits[new, p] - t.fits[old, p] > 0:
+            total += r.capability[p]
+    return total
+
+
+@inlined()
+def decide(t: Tables, node: Node, r: Rule, w: World, profile: int, end: float, now: float) -> int:
+    """The GPU and placement (GPU * number of placements + placement) of an instance, -1 if nothing is offered."""
+    best, chosen = LEAST, -1
+    timed = r.rate > 0.0
+    plain = not (timed or r.random or node.lazy or r.capability[0] != 0)
+    until = np.exp(-r.rate * max(end - now, 0.0)) if timed else 0.0
+    fills_kept = t.profile_memory[profile] == t.slots or (end <= w.clock[DRAINED] and end < np.inf)
+    for empties in (False, True):
+        for g in range(len(w.state)):
+            state = w.state[g]
+            if t.fits[state, profile] == 0 or (node.elastic and empties != (state == 0)):
+                continue
+            if g == w.count[RESERVED] and not fills_kept:
+                continue
+            if plain:
+                k = r.best[state, profile]
+                if r.score[state, k] > best:
+                    best, chosen = r.score[state, k], g * len(t.overlaps) + k
+            else:
+                foreseen = foresee(t, r, w, g, now) if timed else 0
+                for k in range(t.first[profile], t.first[profile + 1]):
+                    new = t.after[state, k]
+                    if new < 0:
+                        continue
+                    if r.random:
+                        score = draw(w)
+                    elif timed:
+                        score = 2 * np.int64(np.rint(over_time(t, r, w, foreseen, k, until) * 1e6))
+                    else:
+                        score = r.score[state, k]
+                        if r.capability[0] != 0:
+                            score += capability(t, r, w, state, new) * 10**10
+                    if (w.idle[g] >> k) & 1:
+                        score += r.bonus
+                    if score > best:
+                        best, chosen = score, g * len(t.overlaps) + k
+            if chosen >= 0 and (r.lowest or (node.elastic and empties)):
+                return chosen  # one empty GPU is as good as another
+        if chosen >= 0 or not node.elastic:
+            break
+    return chosen
+
+
+@inlined()
+def settle(t: Tables, node: Node, w: World, j: int, where: int, end: float, duration: float) -> None:
+    """Start job j at a GPU and placement."""
+    now = w.clock[NOW]
+    g, k = where // len(t.overlaps), where % len(t.overlaps)
+    doomed = w.idle[g] & t.overlaps[k]
+    w.idle[g] &= ~doomed
+    if (doomed >> k) & 1:
+        doomed = 0  # it is there already; nothing else can stand in its way
+    else:
+        w.created[j] = 1
+    delay = node.create * w.created[j]
+    while doomed:
+        doomed &= doomed - 1
+        w.destroyed[j] += 1
+        delay += node.destroy
+    w.start[j], w.gpu[j], w.placement[j] = now, g, k
+    w.ends[g, k] = end
+    push(w, now + delay + duration, where)
+    become(t, w, g, t.after[w.state[g], k])
+    if g == w.count[RESERVED] and t.memory[w.state[g]] == t.slots and t.before[w.state[g], k] == 0:
+        w.count[RESERVED] = -1  # a whole GPU's job has got the GPU that was kept
+
+
+@inlined()
+def admitted(t: Tables, node: Node, w: World, profile: int) -> bool:
+    """Whether Slurm starts a job of this profile."""
+    compute, memory = t.profile_compute[profile], t.profile_memory[profile]
+    if node.admission == FIT:
+        return w.room[profile] > 0
+    most, slots = t.profile_compute[-1], t.slots
+    if node.admission == NODE_SUMS:
+        for state in w.state:
+            compute += t.compute[state]
+            memory += t.memory[state]
+        return compute <= most * len(w.state) and memory <= slots * len(w.state)
+    for state in w.state:
+        if t.compute[state] + compute <= most and t.memory[state] + memory <= slots:
+            return True
+    return False
+
+
+@inlined()
+def attempt(t: Tables, node: Node, r: Rule, jobs: Jobs, w: World, j: int) -> bool:
+    """Start job j if Slurm would and it fits."""
+    now, profile = w.clock[NOW], jobs.profile[j]
+    if now < w.clock[GATE] or not admitted(t, node, w, profile):
+        return False
+    end = now + jobs.limit[j]
+    where = decide(t, node, r, w, profile, end, now) if w.room[profile] > 0 else -1
+    if where < 0:
+        if w.room[profile] == 0:
+            w.misplaced[j] += 1
+            if node.depth:
+                w.ready[j] = now + node.hold
+                push(w, w.ready[j], WAKE)
+        return False
+    settle(t, node, w, j, where, end, jobs.duration[j])
+    if node.latency > 0.0:
+        w.clock[GATE] = now + node.latency
+        push(w, w.clock[GATE], WAKE)
+    return True
+
+
+@compiled()
+def keep_one(t: Tables, w: World) -> None:
+    """Reserve the GPU that is expected to drain first; where ends are unknown, the one with the least on it."""
+    first, least, chosen = np.inf, t.slots + 1, -1
+    for g in range(len(w.state)):
+        drained = w.clock[NOW]
+        for k in range(len(t.overlaps)):
+            if t.before[w.state[g], k] >= 0:
+                drained = max(drained, w.ends[g, k])
+        busy = t.memory[w.state[g]]
+        if drained < first or (drained == first and busy < least):
+            first, least, chosen = drained, busy, g
+    w.count[RESERVED], w.clock[DRAINED] = chosen, first
+
+
+@inlined()
+def scan(t: Tables, node: Node, r: Rule, jobs: Jobs, w: World) -> None:
+    """Start every waiting job that can be, in order of submission."""
+    j, looked = w.count[HEAD], 0
+    while j >= 0 and looked < node.depth and w.clock[NOW] >= w.clock[GATE]:
+        following = w.follower[j]
+        looked += 1
+        if w.ready[j] <= w.clock[NOW] and attempt(t, node, r, jobs, w, j):
+            leader = w.leader[j]
+            if leader >= 0:
+                w.follower[leader] = following
+            else:
+                w.count[HEAD] = following
+            if following >= 0:
+                w.leader[following] = leader
+            else:
+                w.count[TAIL] = leader
+            w.count[QUEUED] -= 1
+        elif node.reserve and w.count[RESERVED] < 0 and t.profile_memory[jobs.profile[j]] == t.slots:
+            keep_one(t, w)
+        j = following
+
+
+@compiled()
+def advance(t: Tables, node: Node, r: Rule, jobs: Jobs, w: World, until: int) -> None:
+    """Go on until `until` jobs have arrived; with more than there are, until nothing is left to happen."""
+    total = len(jobs.submit)
+    while True:
+        arrived = w.count[ARRIVED]
+        arrival = jobs.submit[arrived] if arrived < total else np.inf
+        event = w.times[0] if w.count[EVENTS] > 0 else np.inf
+        if arrived >= until or (arrived == total and event == np.inf):
+            return
+        now = min(event, arrival)
+        w.clock[GPU_TIME] += w.count[NONEMPTY] * (now - w.clock[NOW])
+        w.clock[NOW] = now
+        if event <= arrival:
+            code = pop(w)
+            if code >= 0:
+                g, k = code // len(t.overlaps), code % len(t.overlaps)
+                become(t, w, g, t.before[w.state[g], k])
+                if node.lazy:
+                    w.idle[g] |= 1 << k
+            if w.count[QUEUED] > 0:
+                scan(t, node, r, jobs, w)
+            continue
+        w.count[ARRIVED] += 1
+        if node.depth == 0:
+            attempt(t, node, r, jobs, w, arrived)
+            continue
+        tail = w.count[TAIL]
+        w.leader[arrived], w.follower[arrived] = tail, -1
+        if tail >= 0:
+            w.follower[tail] = arrived
+        else:
+            w.count[HEAD] = arrived
+        w.count[TAIL] = arrived
+        w.count[QUEUED] += 1
+        scan(t, node, r, jobs, w)
+
+
+@compiled()
+def choose_all(t: Tables, node: Node, r: Rule, w: World, members: Array, where: Array) -> None:
+    """What the rule does on every node whose GPUs are in states of `members`: `where[x, p]` is the GPU and placement of
+    profile p where GPU g is in state members[(x // len(members) ** g) % len(members)]."""
+    for x in range(len(where)):
+        rest = x
+        w.room[:] = 0
+        for g in range(len(w.state)):
+            w.state[g] = members[rest % len(members)]
+            rest //= len(members)
+            for p in range(len(w.room)):
+                w.room[p] += t.fits[w.state[g], p]
+        for p in range(len(w.room)):
+            where[x, p] = decide(t, node, r, w, p, np.inf, 0.0)

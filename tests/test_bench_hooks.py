@@ -1,0 +1,58 @@
+"""The benchmark of the hooks runs, its checks hold, and no hook has become much slower (the machine may be busy)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SLACK = 2.0
+"""What counts is the fastest of five starts by the fastest of the reference: this often the aim is no noise."""
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    disk = tmp_path_factory.mktemp("disk")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks/hooks.py"), "--quick", "--json", "--disk", str(disk)],
+        cwd="/",
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list(disk.iterdir()) == [], "nothing is left behind"
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_all_is_measured(measured: dict[str, Any]) -> None:
+    assert (measured["schema"], measured["rounds"]) == (1, 5)
+    rows = [(row["name"], row["medium"]) for row in measured["rows"]]
+    assert len(rows) == len(set(rows)) == 3 + 4 + 2 * 5
+    assert all(0 < row["least"] <= row["median"] <= row["p95"] for row in measured["rows"])
+
+
+def test_no_hook_is_slow(measured: dict[str, Any]) -> None:
+    for row in measured["rows"]:
+        if row["aim"]:
+            assert row["least_ratio"] < SLACK * row["aim"][1], row
+
+
+def test_how_often_a_hook_waits_for_the_disk(measured: dict[str, Any]) -> None:
+    counts = {(row["name"], row["medium"]): row["fsyncs"] for row in measured["rows"]}
+    for (name, medium), count in counts.items():
+        changes = bool(medium) and name.startswith(("Prolog", "Epilog"))
+        assert count == (4 if changes else 0), f"{name}, {medium}: the intent and the outcome, file and directory each"
+
+
+def test_the_document_has_room_for_the_table() -> None:
+    text = (ROOT / "docs/benchmarks.md").read_text()
+    begin, end = text.index("<!-- hooks: written by make bench -->\n"), text.index("<!-- end of hooks -->\n")
+    assert begin < end
