@@ -9,7 +9,7 @@ SLURM_PACKAGES := slurm-wlm slurm-wlm-basic-plugins slurm-client munge
 demo: $(VENV)/installed | slurm
 	$(BIN)/python tests/demo.py
 
-test: $(VENV)/installed | slurm
+test: $(VENV)/installed | slurm compiler
 	$(BIN)/python -m pytest $(TESTS)
 
 check: $(VENV)/installed
@@ -32,6 +32,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 slurm:
 	@command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null && command -v sbatch >/dev/null || \
 	$(MAKE) --no-print-directory packages PACKAGES="$(SLURM_PACKAGES)" || echo "rms: Slurm could not be installed here"
+
+# For the tests' stand-in for libnvidia-ml.so.1.
+.PHONY: compiler
+compiler:
+	@command -v gcc >/dev/null || $(MAKE) --no-print-directory packages PACKAGES="gcc libc6-dev"
 
 packages:
 	apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends install $(PACKAGES) >/dev/null

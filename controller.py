@@ -35,6 +35,9 @@ RETRY_SECONDS = 0.1
 """Pause between two looks at what another process has to let go."""
 DESTROY_SECONDS = 2.0
 """How long a destroy that is IN_USE is tried again: the driver lets go of a client a moment after it ended."""
+SKEW_SECONDS = 300
+"""How far the clocks of node and slurmctld may be apart: munge takes no more either."""
+HELD_BY = "held by process"
 TRIES = 2
 """How often one call tries the hardware of a GPU that fails before it leaves that GPU out."""
 
@@ -115,11 +118,12 @@ class Controller:
         failures: dict[str, list[str]] = {}
         while True:
             with self._open("acquire") as state:
-                if standing := self._standing(state, run):
+                if standing := self._standing(state, run, submit):
                     return standing
-                older = next((a.run for a in state.of_job(run) if a.run.restart < run.restart), None)
+                older = self._over(state, run)
                 busy = next((i for i in state.intents if i.run == (older or run)), None)
                 if older is None and busy is None:
+                    grant.directory(self.config.run_dir)  # a fault of it must show before anything is changed
                     asked = parse(spec, next(iter(state.geometries.values())))
                     decisions = self._plan(state, run, asked, limit, failures)
                     allocation = Allocation(run, uid, str(asked), submit, limit, time.time(), self._boot_id, [])
@@ -136,10 +140,20 @@ class Controller:
             elif granted := self._fulfil(intent, steps if self._pass(ahead) else [], failures):
                 return granted
 
-    def _standing(self, state: State, run: Run) -> list[Granted] | None:
+    def _over(self, state: State, run: Run) -> Run | None:
+        """A run to release before `run` is served: an older one of its job, or one whose Epilog began and died."""
+        if older := next((a.run for a in state.of_job(run) if a.run.restart < run.restart), None):
+            return older
+        at_work = {intent.run for intent in state.intents}
+        standing = (a.run for a in state.allocations if a.run not in at_work)
+        return next((other for other in standing if grant.ended(self.config.run_dir, other)), None)
+
+    def _standing(self, state: State, run: Run, submit: int | None) -> list[Granted] | None:
         """What the run has already. Raises ClosedRunError if it may not have anything any more."""
         if (closed := state.closed.get(run.job)) and run.restart <= closed[0]:
-            raise ClosedRunError(f"run {run} was released already; nothing is granted to it")
+            if submit is None or submit < closed[1] + SKEW_SECONDS:
+                raise ClosedRunError(f"run {run} was released already; nothing is granted to it")
+            del state.closed[run.job]  # submitted after that: slurmctld has lost its state and counts anew
         if newer := next((a.run for a in state.of_job(run) if a.run.restart > run.restart), None):
             raise ClosedRunError(f"run {run} is over: {newer} runs here; nothing is granted to it")
         if (left := grant.read(self.config.run_dir, run.job)) and left.restart > run.restart:
@@ -248,8 +262,11 @@ class Controller:
             )
             if fault:
                 return outcomes, (step.gpu, fault)
-            if outcomes[-1].held:
-                break
+            if held := outcomes[-1].held:
+                # Nobody to be seen holds it: a process that has the whole GPU does that. It counts against the GPU:
+                # whoever looks next finds the instance idle, and would choose it again and again.
+                unseen = step.status == "removing" and not held.startswith(HELD_BY)
+                return outcomes, (step.gpu, held) if unseen else None
         return outcomes, None
 
     def _make(self, step: Step) -> Outcome:
@@ -300,7 +317,7 @@ class Controller:
             with self._open("release") as state:
                 state.close(run, time.time())
                 # The grant goes first: one left by a release that died would give a recovery an owner who is gone.
-                self._forget(run)
+                self._forget(run, grant.end)
                 older = next((a.run for a in state.of_job(run) if a.run.restart < run.restart), None)
                 busy = next((i for i in state.intents if i.run == run), None)
                 if older is None and busy is None:
@@ -316,20 +333,22 @@ class Controller:
             else:
                 break
         if intent is None:
+            self._forget(run)
             return
         outcomes = self._let_go(steps)
         with self._store.open("release") as state:
             if current := next((i for i in state.intents if i.number == intent.number), None):
                 inventory.conclude(state, current, outcomes, time.time(), granted=False)
                 self._store.save(state)
+        self._forget(run)  # only now: as long as it says that the run has ended, the next call will release it
         for outcome in outcomes:
             if outcome.held:
                 self._report(f"instance {outcome.uuid} of run {run} is quarantined: {outcome.held}")
         self.audit.write("released", run=run, instances=outcomes)
 
-    def _forget(self, run: Run) -> None:
+    def _forget(self, run: Run, how: Callable[[str, Run], None] = grant.remove) -> None:
         try:
-            grant.remove(self.config.run_dir, run)
+            how(self.config.run_dir, run)
         except NodeError as error:  # the instances are taken back all the same; the next acquire will stop at it
             self._report(str(error))
 
@@ -474,18 +493,21 @@ class Controller:
 
 
 def open_device(config: Config, boot_id: str) -> Device:
-    """A session with the GPUs that the config names. Raises NodeError."""
-    if config.simulated is None:
-        raise NodeError("the configuration has no [simulated] section, and real GPUs are not supported yet")
-    from rms.simulated import SimulatedDevice
-
-    sim = config.simulated
+    """A session with the GPUs that the config names: real ones, unless it has simulated ones. Raises NodeError."""
     try:
-        return SimulatedDevice(
-            sim.file, sim.model, sim.gpus, config.gpus, boot_id, sim.create_seconds, sim.destroy_seconds
-        )
+        if sim := config.simulated:
+            from rms.simulated import SimulatedDevice
+
+            return SimulatedDevice(
+                sim.file, sim.model, sim.gpus, config.gpus, boot_id, sim.create_seconds, sim.destroy_seconds
+            )
+        from rms.nvml import NvmlDevice
+
+        return NvmlDevice(config.gpus)
     except (DeviceError, RequestError) as error:
         raise NodeError(f"cannot open the GPUs: {error}") from error
+    except ImportError as error:
+        raise NodeError(f"real GPUs need nvidia-ml-py beside RMS, pip install 'rms-mig[nvml]': {error}") from error
 
 
 def _steps(state: State, intent: Intent) -> list[Step]:
@@ -504,7 +526,7 @@ def _check(run: Run) -> None:
 
 
 def _held_by(pids: Sequence[int]) -> str:
-    return f"held by process {', '.join(str(pid) for pid in pids[:5])}"
+    return f"{HELD_BY} {', '.join(str(pid) for pid in pids[:5])}"
 
 
 def _picture(view: View) -> dict[str, dict[str, list[str]]]:

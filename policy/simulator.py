@@ -16,19 +16,22 @@ import numpy.typing as npt
 from policy import transitions
 from policy.jit import compiled, inlined
 from policy.transitions import Transitions
-from policy.workload import Floats, Ints, Jobs, sizes
+from policy.workload import Floats, Jobs, sizes
 
 Array = npt.NDArray[Any]
 
 LEAST = -(2**62)
 """Below every score."""
 
+NONE = np.zeros(0, dtype=np.int64)
+"""No further profiles."""
+
 FIT, GPU_SUMS, NODE_SUMS = 0, 1, 2
-"""What Slurm knows when it starts a job: whether it fits; or the slices that are free by sums, of each GPU or in all."""
+"""What Slurm knows when it starts a job: whether it fits; or how many slices are free, on each GPU or on all."""
 
 # Event codes of the heap: 0 and up is a departure (GPU and placement), WAKE a second look at the queue.
 WAKE = -1
-# Places in World.count and World.clock.
+# Places in World.tally and World.clock.
 ARRIVED, EVENTS, HEAD, TAIL, QUEUED, RESERVED, NONEMPTY, PEAK, RANDOM = range(9)
 NOW, GATE, DRAINED, GPU_TIME = range(4)
 
@@ -95,7 +98,7 @@ class World(NamedTuple):
     By GPU: `state` (what is busy), `idle` (existing instances that nobody has, as bits) and `ends` (when jobs are
     expected to end, by placement). `room[p]` counts the GPUs that can take profile p. By job: `start` (nan as long as
     it has none), `gpu` and `placement` (-1), how many instances were `created` and `destroyed` for it, and how often it
-    was `misplaced`.
+    was `misplaced`; a job of several instances has that many rows, as in `Jobs`.
     """
 
     state: Array
@@ -107,9 +110,11 @@ class World(NamedTuple):
     follower: Array
     leader: Array
     ready: Array
+    spots: Array
+    placed: Array
     path: Array
     weight: Array
-    count: Array
+    tally: Array
     clock: Array
     start: Array
     gpu: Array
@@ -169,7 +174,9 @@ def rule(
         best.astype(np.int32),
         np.zeros(len(t.after)) if value is None else value,
         rate,
-        np.zeros(len(t.first) - 1, dtype=np.int64) if capability is None else np.round(capability * 1e6).astype(np.int64),
+        np.zeros(len(t.first) - 1, dtype=np.int64)
+        if capability is None
+        else np.round(capability * 1e6).astype(np.int64),
         2 * round(reuse * 1e6) + 1,
         lowest,
         random,
@@ -200,9 +207,11 @@ def world(t: Tables, node: Node, count: int, seed: int = 0) -> World:
         follower=np.full(linked, -1, dtype=np.int32),
         leader=np.full(linked, -1, dtype=np.int32),
         ready=np.zeros(linked),
+        spots=np.zeros(node.gpus * t.slots + 1, dtype=np.int64),
+        placed=np.zeros(node.gpus * t.slots + 1, dtype=np.int8),
         path=np.zeros(t.slots + 1, dtype=np.int32),
         weight=np.zeros(t.slots + 1),
-        count=counters,
+        tally=counters,
         clock=np.array([0.0, -np.inf, 0.0, 0.0]),
         start=np.full(count, np.nan),
         gpu=np.full(count, -1, dtype=np.int16),
@@ -232,19 +241,19 @@ def finish(t: Tables, node: Node, rule: Rule, jobs: Jobs, w: World) -> None:
 @inlined()
 def draw(w: World) -> int:
     """The next random number, 62 bits (xorshift64, kept in the world so that a stopped run goes on the same)."""
-    x = np.uint64(w.count[RANDOM])
+    x = np.uint64(w.tally[RANDOM])
     x ^= x << np.uint64(13)
     x ^= x >> np.uint64(7)
     x ^= x << np.uint64(17)
-    w.count[RANDOM] = np.int64(x)
-    return np.int64(x >> np.uint64(2))
+    w.tally[RANDOM] = np.int64(x)
+    return int(x >> np.uint64(2))
 
 
 @inlined()
 def push(w: World, time: float, code: int) -> None:
     """Add an event to the heap."""
-    i = w.count[EVENTS]
-    w.count[EVENTS] = i + 1
+    i = w.tally[EVENTS]
+    w.tally[EVENTS] = i + 1
     while i > 0:
         parent = (i - 1) >> 1
         if w.times[parent] <= time:
@@ -257,9 +266,9 @@ def push(w: World, time: float, code: int) -> None:
 @inlined()
 def pop(w: World) -> int:
     """Take the earliest event off the heap; its code."""
-    code = w.codes[0]
-    w.count[EVENTS] -= 1
-    last = w.count[EVENTS]
+    code = int(w.codes[0])
+    w.tally[EVENTS] -= 1
+    last = w.tally[EVENTS]
     time, moved = w.times[last], w.codes[last]
     i = 0
     while True:
@@ -284,10 +293,10 @@ def become(t: Tables, w: World, g: int, new: int) -> None:
     for p in range(len(w.room)):
         w.room[p] += t.fits[new, p] - t.fits[old, p]
     if old == 0:
-        w.count[NONEMPTY] += 1
-        w.count[PEAK] = max(w.count[PEAK], w.count[NONEMPTY])
+        w.tally[NONEMPTY] += 1
+        w.tally[PEAK] = max(w.tally[PEAK], w.tally[NONEMPTY])
     elif new == 0:
-        w.count[NONEMPTY] -= 1
+        w.tally[NONEMPTY] -= 1
 
 
 @compiled()
@@ -336,20 +345,63 @@ def capability(t: Tables, r: Rule, w: World, old: int, new: int) -> int:
     return total
 
 
+@compiled()
+def fit(t: Tables, w: World, profiles: Array, kept: int) -> bool:
+    """Whether all of these profiles can be placed together, none of them on GPU `kept`. Exact: all ways are tried."""
+    base, states = len(t.overlaps), w.state
+    spots, depth = w.spots, 0
+    spots[0] = -1
+    while 0 <= depth < len(profiles):
+        p, spot, found = profiles[depth], spots[depth], -1
+        if spot >= 0 and w.placed[depth] == 1:  # back here: take it off again, and go on after it
+            states[spot // base] = t.before[states[spot // base], spot % base]
+            w.placed[depth] = 0
+        for g in range((spot + 1) // base, len(states)):
+            state = states[g]
+            if g == kept or t.fits[state, p] == 0:
+                continue
+            for k in range(t.first[p], t.first[p + 1]):
+                if t.after[state, k] >= 0 and g * base + k > spot:
+                    found = g * base + k
+                    break
+            if found >= 0:
+                break
+        if found < 0:
+            depth -= 1
+            continue
+        spots[depth], w.placed[depth] = found, 1
+        states[found // base] = t.after[states[found // base], found % base]
+        depth += 1
+        if depth < len(profiles):  # alike instances are placed in one order only
+            spots[depth] = found if profiles[depth] == p else -1
+            w.placed[depth] = 0
+    fits = depth == len(profiles)
+    while depth > 0:
+        depth -= 1
+        spot = spots[depth]
+        states[spot // base] = t.before[states[spot // base], spot % base]
+        w.placed[depth] = 0
+    return fits
+
+
 @inlined()
-def decide(t: Tables, node: Node, r: Rule, w: World, profile: int, end: float, now: float) -> int:
-    """The GPU and placement (GPU * number of placements + placement) of an instance, -1 if nothing is offered."""
+def decide(t: Tables, node: Node, r: Rule, w: World, profile: int, end: float, now: float, rest: Array) -> int:
+    """The GPU and placement (GPU * number of placements + placement) of an instance, -1 if nothing is offered.
+
+    Only places are offered that leave room for all of `rest`, the profiles that the same job still needs.
+    """
     best, chosen = LEAST, -1
     timed = r.rate > 0.0
-    plain = not (timed or r.random or node.lazy or r.capability[0] != 0)
+    plain = not (timed or r.random or node.lazy or r.capability[0] != 0 or len(rest))
     until = np.exp(-r.rate * max(end - now, 0.0)) if timed else 0.0
-    fills_kept = t.profile_memory[profile] == t.slots or (end <= w.clock[DRAINED] and end < np.inf)
+    over = end > w.clock[DRAINED] or end == np.inf
+    kept = w.tally[RESERVED] if over and t.profile_memory[profile] < t.slots else -1
     for empties in (False, True):
         for g in range(len(w.state)):
             state = w.state[g]
             if t.fits[state, profile] == 0 or (node.elastic and empties != (state == 0)):
                 continue
-            if g == w.count[RESERVED] and not fills_kept:
+            if g == kept:
                 continue
             if plain:
                 k = r.best[state, profile]
@@ -364,7 +416,7 @@ def decide(t: Tables, node: Node, r: Rule, w: World, profile: int, end: float, n
                     if r.random:
                         score = draw(w)
                     elif timed:
-                        score = 2 * np.int64(np.rint(over_time(t, r, w, foreseen, k, until) * 1e6))
+                        score = 2 * int(np.rint(over_time(t, r, w, foreseen, k, until) * 1e6))
                     else:
                         score = r.score[state, k]
                         if r.capability[0] != 0:
@@ -372,6 +424,12 @@ def decide(t: Tables, node: Node, r: Rule, w: World, profile: int, end: float, n
                     if (w.idle[g] >> k) & 1:
                         score += r.bonus
                     if score > best:
+                        if len(rest):
+                            w.state[g] = new
+                            room = fit(t, w, rest, kept)
+                            w.state[g] = state
+                            if not room:
+                                continue
                         best, chosen = score, g * len(t.overlaps) + k
             if chosen >= 0 and (r.lowest or (node.elastic and empties)):
                 return chosen  # one empty GPU is as good as another
@@ -381,8 +439,8 @@ def decide(t: Tables, node: Node, r: Rule, w: World, profile: int, end: float, n
 
 
 @inlined()
-def settle(t: Tables, node: Node, w: World, j: int, where: int, end: float, duration: float) -> None:
-    """Start job j at a GPU and placement."""
+def settle(t: Tables, node: Node, w: World, j: int, where: int, end: float) -> float:
+    """Give row j its GPU and placement; the time that this takes."""
     now = w.clock[NOW]
     g, k = where // len(t.overlaps), where % len(t.overlaps)
     doomed = w.idle[g] & t.overlaps[k]
@@ -398,46 +456,54 @@ def settle(t: Tables, node: Node, w: World, j: int, where: int, end: float, dura
         delay += node.destroy
     w.start[j], w.gpu[j], w.placement[j] = now, g, k
     w.ends[g, k] = end
-    push(w, now + delay + duration, where)
     become(t, w, g, t.after[w.state[g], k])
-    if g == w.count[RESERVED] and t.memory[w.state[g]] == t.slots and t.before[w.state[g], k] == 0:
-        w.count[RESERVED] = -1  # a whole GPU's job has got the GPU that was kept
+    if t.memory[t.after[0, k]] == t.slots:
+        w.tally[RESERVED] = -1  # the first job that waited for a whole GPU has one, be it another than the one kept
+    return float(delay)
 
 
 @inlined()
-def admitted(t: Tables, node: Node, w: World, profile: int) -> bool:
-    """Whether Slurm starts a job of this profile."""
-    compute, memory = t.profile_compute[profile], t.profile_memory[profile]
-    if node.admission == FIT:
-        return w.room[profile] > 0
-    most, slots = t.profile_compute[-1], t.slots
+def admitted(t: Tables, node: Node, w: World, jobs: Jobs, j: int) -> bool:
+    """Whether Slurm would start the job whose first row is j."""
+    if node.admission == FIT:  # for one instance this is all; several are looked at when they are placed
+        return bool(w.room[jobs.profile[j]] > 0)
+    compute, memory, most = 0, 0, t.profile_compute[-1]
     if node.admission == NODE_SUMS:
+        for row in range(j, j + jobs.rest[j] + 1):
+            compute += t.profile_compute[jobs.profile[row]]
+            memory += t.profile_memory[jobs.profile[row]]
         for state in w.state:
             compute += t.compute[state]
             memory += t.memory[state]
-        return compute <= most * len(w.state) and memory <= slots * len(w.state)
-    for state in w.state:
-        if t.compute[state] + compute <= most and t.memory[state] + memory <= slots:
+        return bool(compute <= most * len(w.state) and memory <= t.slots * len(w.state))
+    compute, memory = t.profile_compute[jobs.profile[j]], t.profile_memory[jobs.profile[j]]
+    for state in w.state:  # noqa: SIM110 (numba has no any())
+        if t.compute[state] + compute <= most and t.memory[state] + memory <= t.slots:
             return True
     return False
 
 
 @inlined()
 def attempt(t: Tables, node: Node, r: Rule, jobs: Jobs, w: World, j: int) -> bool:
-    """Start job j if Slurm would and it fits."""
-    now, profile = w.clock[NOW], jobs.profile[j]
-    if now < w.clock[GATE] or not admitted(t, node, w, profile):
+    """Start the job whose first row is j if Slurm would and it fits."""
+    now, last = w.clock[NOW], j + jobs.rest[j] + 1
+    if now < w.clock[GATE] or not admitted(t, node, w, jobs, j):
         return False
-    end = now + jobs.limit[j]
-    where = decide(t, node, r, w, profile, end, now) if w.room[profile] > 0 else -1
+    end, delay, where = now + jobs.limit[j], 0.0, -1
+    for row in range(j, last):
+        where = decide(t, node, r, w, jobs.profile[row], end, now, jobs.profile[row + 1 : last])
+        if where < 0:  # only ever the first row: none is placed before all are known to fit
+            break
+        delay += settle(t, node, w, row, where, end)
     if where < 0:
-        if w.room[profile] == 0:
+        if node.admission != FIT and w.tally[RESERVED] < 0:
             w.misplaced[j] += 1
             if node.depth:
                 w.ready[j] = now + node.hold
                 push(w, w.ready[j], WAKE)
         return False
-    settle(t, node, w, j, where, end, jobs.duration[j])
+    for row in range(j, last):
+        push(w, now + (delay + jobs.duration[j]), w.gpu[row] * len(t.overlaps) + w.placement[row])
     if node.latency > 0.0:
         w.clock[GATE] = now + node.latency
         push(w, w.clock[GATE], WAKE)
@@ -456,13 +522,13 @@ def keep_one(t: Tables, w: World) -> None:
         busy = t.memory[w.state[g]]
         if drained < first or (drained == first and busy < least):
             first, least, chosen = drained, busy, g
-    w.count[RESERVED], w.clock[DRAINED] = chosen, first
+    w.tally[RESERVED], w.clock[DRAINED] = chosen, first
 
 
 @inlined()
 def scan(t: Tables, node: Node, r: Rule, jobs: Jobs, w: World) -> None:
     """Start every waiting job that can be, in order of submission."""
-    j, looked = w.count[HEAD], 0
+    j, looked = w.tally[HEAD], 0
     while j >= 0 and looked < node.depth and w.clock[NOW] >= w.clock[GATE]:
         following = w.follower[j]
         looked += 1
@@ -471,13 +537,13 @@ def scan(t: Tables, node: Node, r: Rule, jobs: Jobs, w: World) -> None:
             if leader >= 0:
                 w.follower[leader] = following
             else:
-                w.count[HEAD] = following
+                w.tally[HEAD] = following
             if following >= 0:
                 w.leader[following] = leader
             else:
-                w.count[TAIL] = leader
-            w.count[QUEUED] -= 1
-        elif node.reserve and w.count[RESERVED] < 0 and t.profile_memory[jobs.profile[j]] == t.slots:
+                w.tally[TAIL] = leader
+            w.tally[QUEUED] -= 1
+        elif node.reserve and w.tally[RESERVED] < 0 and t.profile_memory[jobs.profile[j]] == t.slots:
             keep_one(t, w)
         j = following
 
@@ -487,36 +553,37 @@ def advance(t: Tables, node: Node, r: Rule, jobs: Jobs, w: World, until: int) ->
     """Go on until `until` jobs have arrived; with more than there are, until nothing is left to happen."""
     total = len(jobs.submit)
     while True:
-        arrived = w.count[ARRIVED]
+        arrived = w.tally[ARRIVED]
         arrival = jobs.submit[arrived] if arrived < total else np.inf
-        event = w.times[0] if w.count[EVENTS] > 0 else np.inf
+        event = w.times[0] if w.tally[EVENTS] > 0 else np.inf
         if arrived >= until or (arrived == total and event == np.inf):
             return
         now = min(event, arrival)
-        w.clock[GPU_TIME] += w.count[NONEMPTY] * (now - w.clock[NOW])
+        w.clock[GPU_TIME] += w.tally[NONEMPTY] * (now - w.clock[NOW])
         w.clock[NOW] = now
         if event <= arrival:
-            code = pop(w)
-            if code >= 0:
-                g, k = code // len(t.overlaps), code % len(t.overlaps)
-                become(t, w, g, t.before[w.state[g], k])
-                if node.lazy:
-                    w.idle[g] |= 1 << k
-            if w.count[QUEUED] > 0:
+            while w.tally[EVENTS] > 0 and w.times[0] == now:  # a job's instances leave together
+                code = pop(w)
+                if code >= 0:
+                    g, k = code // len(t.overlaps), code % len(t.overlaps)
+                    become(t, w, g, t.before[w.state[g], k])
+                    if node.lazy:
+                        w.idle[g] |= 1 << k
+            if w.tally[QUEUED] > 0:
                 scan(t, node, r, jobs, w)
             continue
-        w.count[ARRIVED] += 1
+        w.tally[ARRIVED] += 1 + jobs.rest[arrived]
         if node.depth == 0:
             attempt(t, node, r, jobs, w, arrived)
             continue
-        tail = w.count[TAIL]
+        tail = w.tally[TAIL]
         w.leader[arrived], w.follower[arrived] = tail, -1
         if tail >= 0:
             w.follower[tail] = arrived
         else:
-            w.count[HEAD] = arrived
-        w.count[TAIL] = arrived
-        w.count[QUEUED] += 1
+            w.tally[HEAD] = arrived
+        w.tally[TAIL] = arrived
+        w.tally[QUEUED] += 1
         scan(t, node, r, jobs, w)
 
 
@@ -533,4 +600,4 @@ def choose_all(t: Tables, node: Node, r: Rule, w: World, members: Array, where: 
             for p in range(len(w.room)):
                 w.room[p] += t.fits[w.state[g], p]
         for p in range(len(w.room)):
-            where[x, p] = decide(t, node, r, w, p, np.inf, 0.0)
+            where[x, p] = decide(t, node, r, w, p, np.inf, 0.0, NONE)

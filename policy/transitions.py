@@ -60,8 +60,7 @@ def refine(transitions: Transitions, seen: list[int]) -> tuple[int, ...]:
         for s, state_class in enumerate(classes):
             after, before = transitions.after[s], transitions.before[s]
             leads = tuple(
-                tuple(sorted({classes[after[k]] for k in places if after[k] >= 0}))
-                for places in transitions.of_profile
+                tuple(sorted({classes[after[k]] for k in places if after[k] >= 0})) for places in transitions.of_profile
             )
             left = tuple(sorted(classes[t] for t in before if t >= 0))
             finer.append(keys.setdefault((state_class, leads, left), len(keys)))

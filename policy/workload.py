@@ -28,18 +28,22 @@ UNKNOWN = np.inf
 
 
 class Jobs(NamedTuple):
-    """A stream in order of submission: when, which profile (its number), how long it will run, its time limit."""
+    """A stream in order of submission: when, which profile (its number), how long it will run, its time limit.
+
+    A job of several instances has a row for each, largest first; `rest` counts those that follow and belong to it.
+    """
 
     submit: Floats
     profile: Ints
     duration: Floats
     limit: Floats
+    rest: Ints
 
 
 def mix(name: str, transitions: Transitions) -> Floats:
     """A named mix for a GPU model. Where a board has three plain profiles each stands for two neighbours of the six."""
     shares = np.array(MIXES[name])
-    return shares.reshape(len(transitions.profiles), -1).sum(axis=1)
+    return np.asarray(shares.reshape(len(transitions.profiles), -1).sum(axis=1))
 
 
 def sizes(transitions: Transitions) -> Floats:
@@ -60,11 +64,11 @@ def durations(rng: np.random.Generator, service: str, count: int) -> Floats:
     if service == "hyperexponential":  # two exponentials of equal share in the work, squared variation 4
         often = (1 + np.sqrt(3 / 5)) / 2
         share = np.where(rng.random(count) < often, often, 1 - often)
-        return rng.exponential(size=count) / (2 * share)
+        return np.asarray(rng.exponential(size=count) / (2 * share))
     if service == "lognormal":  # squared variation 8.5
-        return rng.lognormal(-1.5**2 / 2, 1.5, count)
+        return rng.lognormal(-(1.5**2) / 2, 1.5, count)
     if service == "pareto":  # tail index 2.1: the variance is finite, hardly
-        return (1 + rng.pareto(2.1, count)) * (1.1 / 2.1)
+        return np.asarray((1 + rng.pareto(2.1, count)) * (1.1 / 2.1))
     raise ValueError(f"unknown service {service!r}; known: {' '.join(SERVICES)}")
 
 
@@ -90,10 +94,35 @@ def stream(
     gpus: int,
     service: str = "exponential",
     limit: str = "none",
+    pairs: float = 0.0,
 ) -> Jobs:
-    """Poisson arrivals. The same seed gives the same submits, profiles and durations whatever the limits are."""
+    """Poisson arrivals. The same seed gives the same submits, profiles and durations whatever the limits are.
+
+    `pairs` is the share of jobs that ask for two instances, both of profiles that take at most half a GPU.
+    """
     rng = np.random.default_rng(seed)
     submit = np.cumsum(rng.exponential(1 / rate(transitions, shares, load, gpus), count))
     profile = rng.choice(len(shares), count, p=shares)
     duration = durations(rng, service, count)
-    return Jobs(submit, profile, duration, limits(rng, limit, duration))
+    jobs = Jobs(submit, profile, duration, limits(rng, limit, duration), np.zeros(count, dtype=np.int64))
+    return paired(rng, jobs, transitions, shares, pairs) if pairs else jobs
+
+
+def paired(rng: np.random.Generator, jobs: Jobs, transitions: Transitions, shares: Floats, pairs: float) -> Jobs:
+    """The stream with that share of its jobs asking for two instances; later, so that the load stays the same."""
+    memory = sizes(transitions)
+    halves = np.where(memory <= transitions.geometry.slots / 2, shares, 0.0)
+    two = rng.choice(len(shares), (len(jobs.submit), 2), p=halves / halves.sum())
+    two = np.sort(two, axis=1)[:, ::-1]  # profiles are numbered small to large
+    chosen = rng.random(len(jobs.submit)) < pairs
+    first = np.where(chosen, two[:, 0], jobs.profile)
+    slower = 1 - pairs + pairs * 2 * float(halves @ memory / halves.sum()) / float(shares @ memory)
+    again = np.repeat(np.arange(len(chosen)), 1 + chosen)
+    second = np.concatenate([[False], again[1:] == again[:-1]])
+    return Jobs(
+        jobs.submit[again] * slower,
+        np.where(second, two[again, 1], first[again]),
+        jobs.duration[again],
+        jobs.limit[again],
+        np.where(second, 0, chosen[again]).astype(np.int64),
+    )

@@ -11,11 +11,16 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, cast
 
 import rms
 from rms import config
-from rms.errors import RmsError
+from rms.errors import NodeError, RmsError
+
+if TYPE_CHECKING:
+    from rms.nvml import NvmlDevice
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -30,6 +35,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.set_defaults(verb=show)
     verb.add_argument("--json", action="store_true", help="everything, as one JSON object")
+    _node_options(verb)
+
+    verb = verbs.add_parser(
+        "doctor", allow_abbrev=False, help="what this node's GPUs are, and what is wrong with them; changes nothing"
+    )
+    verb.set_defaults(verb=doctor)
+    verb.add_argument("--json", action="store_true", help="everything, as one JSON object")
+    _node_options(verb)
+
+    verb = verbs.add_parser("mig", allow_abbrev=False, help="turn MIG mode on or off, while no job uses the GPU")
+    verb.set_defaults(verb=mig)
+    verb.add_argument("mode", choices=["enable", "disable"])
+    verb.add_argument("gpus", nargs="*", metavar="GPU", help="UUID, or as the configuration names it; default: all")
     _node_options(verb)
 
     verb = verbs.add_parser(
@@ -65,7 +83,7 @@ def show(options: argparse.Namespace) -> int:
 
     from rms.show import coloured, draw, look, plain, report
 
-    settings = config.load(options.config.replace("%n", options.node), options.node)
+    settings = _settings(options)
     seen = look(settings)
     found = report(seen, options.node, _policy())
     if options.json:
@@ -74,6 +92,61 @@ def show(options: argparse.Namespace) -> int:
         colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         print(draw(found, shutil.get_terminal_size().columns, coloured if colours else plain), end="")
     return seen.code
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Print what the GPUs are and what is wrong with them. Returns 6 if anything is."""
+    import json
+
+    settings = _settings(options)
+    if settings.simulated:
+        print("this node's GPUs are simulated: nothing to examine", file=sys.stderr)
+        return 0
+    with _real(settings) as device:
+        from rms.doctor import describe, examine, report
+
+        found = examine(device)
+    print(json.dumps(report(found), indent=2) + "\n" if options.json else describe(found), end="")
+    return NodeError.code if any(one.problems for one in found) else 0
+
+
+def mig(options: argparse.Namespace) -> int:
+    """Turn MIG mode on or off. The GPUs that can be switched are, also if others can't."""
+    settings = _settings(options)
+    if settings.simulated:
+        raise NodeError("this node's GPUs are simulated: they are always in MIG mode")
+    if options.mode == "disable" and not options.gpus:
+        return _fail("say for which GPU: rms mig disable GPU", 2)
+    code = 0
+    with _real(settings) as device:
+        from rms.mig import switch
+
+        names = dict(zip(device.gpus(), map(str, settings.gpus), strict=True))
+        if unknown := set(options.gpus) - {*names, *names.values()}:
+            raise NodeError(f"the configuration names no GPU {min(unknown)}, but {' '.join(names.values())}")
+        for gpu, name in names.items():
+            if not options.gpus or {gpu, name} & set(options.gpus):
+                try:
+                    switch(settings, device, gpu, options.mode == "enable", print)
+                except RmsError as error:
+                    code = _fail(str(error), error.code)
+    return code
+
+
+def _settings(options: argparse.Namespace) -> config.Config:
+    return config.load(options.config.replace("%n", options.node), options.node)
+
+
+@contextmanager
+def _real(settings: config.Config) -> Iterator[NvmlDevice]:
+    """A session with the configured GPUs, for what only real ones can do."""
+    import controller
+
+    device = controller.open_device(settings, "")
+    try:
+        yield cast("NvmlDevice", device)
+    finally:
+        device.close()
 
 
 def slurm_config(options: argparse.Namespace) -> int:

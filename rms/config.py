@@ -72,7 +72,7 @@ def load(path: str, node: str) -> Config:
             data = tomllib.load(file)
     except OSError as error:
         raise NodeError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of any kind: tomllib lets more through than its own
         raise NodeError(f"{path} is not valid TOML: {error}") from error
     _check(path, data, _KEYS, "")
     gpus = data.get("gpus", [])
@@ -97,7 +97,7 @@ def _check(path: str, data: dict[str, Any], keys: dict[str, tuple[type, ...]], p
         if not isinstance(value, keys[key]) or isinstance(value, bool):
             expected = " or ".join(kind.__name__ for kind in keys[key])
             raise NodeError(f"{path}: {prefix}{key} must be {expected}, not {type(value).__name__}")
-        if isinstance(value, _NUMBER) and value < 0:
+        if isinstance(value, _NUMBER) and not value >= 0:
             raise NodeError(f"{path}: {prefix}{key} is {value}; it must not be negative")
 
 

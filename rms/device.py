@@ -20,11 +20,26 @@ class Nvml(enum.IntEnum):
     NOT_SUPPORTED = 3  # MIG is off, or the GPU has none
     NO_PERMISSION = 4  # not root
     NOT_FOUND = 6  # no such GPU, GI or CI
+    DRIVER_NOT_LOADED = 9
+    LIBRARY_NOT_FOUND = 12
+    FUNCTION_NOT_FOUND = 13  # the driver is older than the call
     GPU_IS_LOST = 15  # fell off the bus
     RESET_REQUIRED = 16
-    IN_USE = 19  # a process holds the CI, or the GI still has a CI
+    LIB_RM_VERSION_MISMATCH = 18
+    IN_USE = 19  # a process holds the CI, the GI still has a CI, or a process has the whole GPU
     INSUFFICIENT_RESOURCES = 23  # no room, or the exact place is taken
     UNKNOWN = 999
+
+
+_ADVICE = {
+    Nvml.NO_PERMISSION: "RMS must run as root",
+    Nvml.DRIVER_NOT_LOADED: "load the nvidia kernel module",
+    Nvml.LIBRARY_NOT_FOUND: "there is no libnvidia-ml.so.1: install the driver",
+    Nvml.FUNCTION_NOT_FOUND: "install a newer driver",
+    Nvml.GPU_IS_LOST: "look for Xid in the kernel's log; a lost GPU comes back with a reboot at best",
+    Nvml.RESET_REQUIRED: "reset the GPU while nothing uses it, or reboot",
+    Nvml.LIB_RM_VERSION_MISMATCH: "the driver was updated: load its new kernel module, or reboot",
+}
 
 
 class DeviceError(Exception):
@@ -32,11 +47,13 @@ class DeviceError(Exception):
 
     def __init__(self, code: int, call: str) -> None:
         self.code = Nvml(code) if code in Nvml._value2member_map_ else Nvml.UNKNOWN
-        super().__init__(f"{call}: NVML error {code} ({self.code.name.lower().replace('_', ' ')})")
+        advice = f"; {_ADVICE[self.code]}" if self.code in _ADVICE else ""
+        super().__init__(f"{call}: NVML error {code} ({self.code.name.lower().replace('_', ' ')}){advice}")
 
 
 class DeviceInstance(NamedTuple):
-    """A GPU instance that exists. `ci` and `uuid` are None while it has no compute instance (half-made)."""
+    """A GPU instance that exists. `ci` and `uuid` are None unless one compute instance spans it: half-made, or cut up
+    by somebody else."""
 
     gi: int
     placement: Placement

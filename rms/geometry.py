@@ -233,6 +233,28 @@ def load(model: str) -> Geometry:
     return Geometry.from_json(model, models[model])
 
 
+def of_device(pci: str) -> Geometry | None:
+    """The geometry of the model with this PCI device id (four hex digits), if `geometry.json` has one."""
+    with open(DATA, encoding="utf-8") as file:
+        models = json.load(file)["models"]
+    return next((Geometry.from_json(name, data) for name, data in models.items() if pci in data["pci"]), None)
+
+
+def aliases(name: str, kind: str, memory_mb: int) -> tuple[str, ...]:
+    """Other names of a profile, by the rule that `geometry.json` follows.
+
+    The short one without memory, unless it is a profile of double memory; and the one with the gigabytes that a driver
+    prints which rounds the other way, where that is 1 GB off.
+    """
+    slices, _, rest = name.partition(".")
+    digits = rest[: len(rest) - len(rest.lstrip("0123456789"))]
+    attribute = rest.removeprefix(digits).removeprefix("gb")
+    short = () if kind.endswith("REV2") else (f"{slices}{attribute}",)
+    whole = memory_mb // 1024
+    other = {int(digits) - 1: int(digits) - 1, int(digits): int(digits) + 1}.get(whole)
+    return (*short, f"{slices}.{other}gb{attribute}") if other else short
+
+
 def models() -> list[str]:
     """The names of the GPU models in `geometry.json`."""
     with open(DATA, encoding="utf-8") as file:

@@ -3,8 +3,10 @@
     granted 0 65534 tin 3g.40gb:1   status, restart count, uid, cluster, request; then one MIG UUID a line, in order
     refused 1                       no instance for this run; the job must not run
     none 0                          no MIG request
+    ended 0                         was granted, but its Epilog has begun: the next call releases it if that one died
 
-The Prolog's shell part writes the last two before anything else, so that a Prolog that is killed has refused.
+The shell part of the Prolog writes refused or none before anything else, so that a Prolog that is killed has refused;
+that of the Epilog writes ended.
 
 `slurm/task_prolog` reads it with nothing but the shell. A missing file means that no Prolog ran: Slurm 22.05 can start
 a requeued job without one (docs/slurm.md), which is why a refusal outlives its run's Epilog.
@@ -42,7 +44,10 @@ def directory(run_dir: str) -> str:
     """The directory of the files, made if missing. Raises NodeError if a user could have put something in its place."""
     path = os.path.join(run_dir, "jobs")
     try:
-        os.makedirs(path, mode=0o755, exist_ok=True)
+        for place in (run_dir, path):
+            if not os.path.lexists(place):
+                os.makedirs(place, exist_ok=True)
+                os.chmod(place, 0o755)  # whatever our umask: each user's TaskProlog reads here, only root writes
         found = os.lstat(path)
     except OSError as error:
         raise NodeError(f"cannot use {path}: {error.strerror}") from error
@@ -69,13 +74,34 @@ def write(run_dir: str, run: Run, grant: Grant) -> None:
 def read(run_dir: str, job: int) -> Grant | None:
     """What the file of a job says; None if there is none, or none that makes sense."""
     try:
-        with open(os.path.join(run_dir, "jobs", str(job)), encoding="ascii") as file:
+        with open(os.path.join(run_dir, "jobs", str(job)), encoding="ascii", opener=_opened) as file:
             lines = file.read().splitlines()
         status, restart, *rest = lines[0].split()
         uid, cluster, request = rest or ("-1", "", "")
         return Grant(status, int(restart), int(uid), cluster, request, tuple(lines[1:]))
     except (OSError, ValueError, IndexError):
         return None
+
+
+def _opened(path: str, flags: int) -> int:
+    # Not through a link, and not waiting for what is no file.
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+def end(run_dir: str, run: Run) -> None:
+    """Let the grant of a run no longer count: it is being released. Raises NodeError."""
+    present = read(run_dir, run.job)
+    if present and present.restart <= run.restart and present.status == "granted":
+        try:
+            write(run_dir, run, Grant("ended", present.restart))
+        except NodeError:  # a full disk: it can still be removed
+            remove(run_dir, run)
+
+
+def ended(run_dir: str, run: Run) -> bool:
+    """Whether the Epilog of a run has begun."""
+    present = read(run_dir, run.job)
+    return present is not None and present.status == "ended" and present.restart >= run.restart
 
 
 def remove(run_dir: str, run: Run) -> None:
@@ -109,7 +135,7 @@ def sweep(run_dir: str, now: float | None = None) -> None:
         with suppress(OSError):  # the hooks' shell parts write and remove without a lock
             if entry.stat(follow_symlinks=False).st_mtime < limit:
                 kept = read(run_dir, int(entry.name)) if entry.name.isdigit() else None
-                if kept is None or kept.status == "refused":
+                if kept is None or kept.status in ("refused", "ended"):
                     os.unlink(entry.path)
 
 

@@ -28,6 +28,9 @@ CLOSED = 1000
 HALF_MADE = "half-made"
 """Why a GPU instance of ours without compute instance is quarantined: it is removed as soon as the hardware lets us."""
 
+FOREIGN = "half-made, and not by RMS"
+"""Why a GPU instance of somebody else without compute instance is quarantined: for good."""
+
 LEFT = "no longer in the configuration"
 """The fault of a GPU that is only known because a job still holds an instance of it."""
 
@@ -377,12 +380,13 @@ def reconcile(
             gpu.instances.remove(record)
             continue
         record.gi, record.ci, record.uuid = actual.gi, actual.ci, actual.uuid
-        record.note = held.get(actual.gi, "") or (HALF_MADE if actual.ci is None else "")
+        half_made = FOREIGN if record.note == FOREIGN else HALF_MADE
+        record.note = held.get(actual.gi, "") or (half_made if actual.ci is None else "")
         record.status = "quarantined" if record.note else "idle"
     for placement, actual in there.items():
         if any(i.intent is not None and i.placement.mask & placement.mask for i in gpu.instances):
             continue  # a living intent is at work just there
-        note = held.get(actual.gi, "") or ("half-made, and not by RMS" if actual.ci is None else "")
+        note = held.get(actual.gi, "") or (FOREIGN if actual.ci is None else "")
         status: Status = "quarantined" if note else "idle"
         gpu.instances.append(
             Instance(state.number(), placement, status, actual.gi, actual.ci, actual.uuid, used=now, note=note)

@@ -52,6 +52,8 @@ class SimulatedDevice:
         missing = [g for g in self._managed if g not in known]
         if missing:
             raise DeviceError(Nvml.NOT_FOUND, f"GPU {missing[0]}")
+        if len(set(self._managed)) < len(managed):
+            raise DeviceError(Nvml.INVALID_ARGUMENT, f"one GPU is named twice ({' '.join(self._managed)})")
 
     # The interface of rms.device.Device.
 
@@ -140,7 +142,7 @@ class SimulatedDevice:
 
     @contextmanager
     def _state(self) -> Iterator[dict[str, Any]]:
-        with self._lock:
+        with self._reporting(), self._lock:
             try:
                 with open(self._path, encoding="utf-8") as file:
                     state: dict[str, Any] = json.load(file)
@@ -158,11 +160,19 @@ class SimulatedDevice:
             yield state
 
     @contextmanager
+    def _reporting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DeviceError(Nvml.UNKNOWN, f"{self._path}: {error.strerror or error}") from error
+
+    @contextmanager
     def _operation(
         self, op: str, gpu: str, **arguments: Any
     ) -> Iterator[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
         # The driver's time passes outside the file's lock: operations on different GPUs overlap.
-        time.sleep(self._seconds[op.split("_", maxsplit=1)[0]])
+        if seconds := self._seconds[op.split("_", maxsplit=1)[0]]:
+            time.sleep(seconds)
         with self._state() as state:
             entry = {"t": time.time(), "op": op, "gpu": gpu, **arguments, "pid": os.getpid(), "code": 0}
             board = _gpu(state, gpu)

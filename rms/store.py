@@ -142,7 +142,9 @@ def _read(path: str) -> tuple[State, str]:
     body = body[:-2]
     if json.loads(head + "}") != {"crc32": zlib.crc32(body.encode())}:
         raise ValueError("checksum does not match")
-    data: dict[str, Any] = json.loads(body)
+    data: Any = json.loads(body)
+    if not isinstance(data, dict):
+        raise ValueError("not an object")
     if data.get("schema") != inventory.SCHEMA:
         raise NodeError(
             f"{path} has schema {data.get('schema')}, this RMS knows {inventory.SCHEMA}: "

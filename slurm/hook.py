@@ -133,15 +133,16 @@ def _refuse(
 
     Returns what the job was given after all, or the exit code.
     """
-    from slurm.slurmctld import Slurmctld, SlurmError
+    from slurm.slurmctld import SilentError, Slurmctld, SlurmError
 
     slurmctld = Slurmctld(slurm_conf)
     until = time.monotonic() + config.interactive_wait_seconds
+    silent = False
     while True:
         fault = ""
         job: Job | None = None
         try:
-            job = slurmctld.job(hook.run.job)
+            job = _job(slurmctld, hook)
             if job is None:
                 log(f"{why}; the job is gone")
                 return 0
@@ -149,6 +150,12 @@ def _refuse(
                 life = slurmctld.credential_seconds()
                 _requeue(slurmctld, job, RETRY_SECONDS if life is None else life + HOOKS_SECONDS, log, why)
                 return 0
+        except SilentError as error:
+            # To end now would have this node drained and the job held as soon as slurmctld is back.
+            if not silent:
+                log(f"{why}; waiting for slurmctld: {error}")
+            silent = True
+            until = time.monotonic() + config.interactive_wait_seconds
         except SlurmError as error:
             fault = str(error)
         if time.monotonic() > until:
@@ -160,8 +167,13 @@ def _refuse(
         log(f"{why}, and slurmctld can't be told: {fault}")
         return UNTOLD
     log(f"{why} in {config.interactive_wait_seconds:g} s; cancelled, since only batch jobs can wait in the queue")
-    slurmctld.cancel(job, f"rms: {why} on {hook.node}; try again later, or use sbatch, which waits in the queue")
+    with suppress(SlurmError):  # it has just ended by itself; and without a grant nothing of it would run
+        slurmctld.cancel(job, f"rms: {why} on {hook.node}; try again later, or use sbatch, which waits in the queue")
     return 0
+
+
+def _job(slurmctld: Slurmctld, hook: Hook) -> Job | None:
+    return slurmctld.job(hook.run.job, hook.run.restart, hook.node)
 
 
 def _requeue(slurmctld: Slurmctld, job: Job, delay: int, log: Log, why: str) -> None:
@@ -178,7 +190,7 @@ def _cancel(hook: Hook, slurm_conf: str, log: Log, why: str) -> int:
     log(f"cancelled: {why}")
     try:
         slurmctld = Slurmctld(slurm_conf)
-        if job := slurmctld.job(hook.run.job):
+        if job := _job(slurmctld, hook):
             slurmctld.cancel(job, f"rms: {why}")
     except SlurmError as error:
         log(f"cannot cancel the job ({error}); it will not run all the same: it has no grant")
@@ -193,7 +205,7 @@ def _drain(hook: Hook | None, slurm_conf: str, log: Log, why: str, starting: boo
     try:
         slurmctld = Slurmctld(slurm_conf)
         slurmctld.drain(configuration.node_name(), f"rms: {printable(why, 200)}")
-        if starting and hook and (job := slurmctld.job(hook.run.job)):
+        if starting and hook and (job := _job(slurmctld, hook)):
             if job.batch:
                 _requeue(slurmctld, job, ELSEWHERE_SECONDS, log, "node drained")
             else:

@@ -14,7 +14,11 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 class SlurmError(Exception):
-    """A Slurm command failed, or did not answer in time. The text is its message."""
+    """A Slurm command failed. The text is its message."""
+
+
+class SilentError(SlurmError):
+    """slurmctld did not answer, or not in time. It may later."""
 
 
 class Job(NamedTuple):
@@ -36,9 +40,13 @@ class Slurmctld:
         self._environment = {"PATH": PATH, "SLURM_CONF": slurm_conf, "LC_ALL": "C"}
         self._seconds = seconds
 
-    def job(self, job_id: int) -> Job | None:
-        """The job with this id; None if slurmctld knows none, or it has ended."""
-        fields = "JobID:20,JobArrayID:60,State:20,BatchFlag:10,Requeue:10"
+    def job(self, job_id: int, restart: int, node: str) -> Job | None:
+        """The job with this id; None unless this run of it is, to slurmctld's mind, on this node.
+
+        A Prolog may outlive its run: a node that was taken for dead has its jobs started elsewhere, and a slurmctld
+        that was killed may come back with a state in which the job still waits.
+        """
+        fields = "JobID:20,JobArrayID:60,State:20,BatchFlag:10,Requeue:10,RestartCnt:10,NodeList:1000"
         try:
             output = self._run("squeue", "--noheader", "--states=all", f"--jobs={job_id}", f"--Format={fields}")
         except SlurmError as error:
@@ -47,8 +55,8 @@ class Slurmctld:
             raise
         for line in output.splitlines():
             words = line.split()
-            if len(words) == 5 and words[0] == str(job_id) and words[2] not in ENDED:
-                return Job(job_id, words[1].partition("+")[0], words[2], words[3] == "1", words[4] == "1")
+            if len(words) == 7 and [words[0], *words[5:]] == [str(job_id), str(restart), node] and words[2] in RUNNING:
+                return Job(job_id, words[1].partition("+")[0], words[2], words[3] != "0", words[4] == "1")
         return None
 
     def requeue(self, job: Job, delay: int) -> None:
@@ -105,23 +113,17 @@ class Slurmctld:
                 timeout=self._seconds,
                 check=False,
             )
-        except (OSError, subprocess.TimeoutExpired) as error:
+        except subprocess.TimeoutExpired:
+            raise SilentError(f"{command[0]}: no answer in {self._seconds:g} s") from None
+        except OSError as error:
             raise SlurmError(f"{command[0]}: {error}") from error
         if done.returncode != 0:
-            raise SlurmError(f"{' '.join(command[:2])}: {' '.join(done.stderr.split()) or f'exit {done.returncode}'}")
+            text = f"{' '.join(command[:2])}: {' '.join(done.stderr.split()) or f'exit {done.returncode}'}"
+            raise (SilentError if SILENT.search(text) else SlurmError)(text)
         return done.stdout
 
 
-ENDED = {
-    "BOOT_FAIL",
-    "CANCELLED",
-    "COMPLETED",
-    "DEADLINE",
-    "FAILED",
-    "NODE_FAIL",
-    "OUT_OF_MEMORY",
-    "PREEMPTED",
-    "TIMEOUT",
-    "COMPLETING",
-}
-"""States in which a job needs no instance any more."""
+RUNNING = {"RUNNING", "CONFIGURING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING"}
+"""States of a job whose Prolog may still lead to something."""
+SILENT = re.compile("unable to contact|timed out|connect|communicat|zero bytes|authentication|munge", re.IGNORECASE)
+"""What Slurm's commands say where slurmctld, the network or munge is away."""

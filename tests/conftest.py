@@ -19,12 +19,14 @@ from hypothesis import HealthCheck, settings
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import standin
 import throwaway
 
 import controller as local
 from rms import config, grant, planner
 from rms.geometry import Placement
 from rms.inventory import Run, State
+from rms.nvml import NvmlDevice
 from rms.simulated import SimulatedDevice
 from rms.store import Store
 
@@ -36,10 +38,14 @@ settings.load_profile("rms")
 
 
 class Node:
-    """A node: its rms.toml, its simulated GPUs, and the controller in this process or as one of its own."""
+    """A node: its rms.toml, its GPUs, and the controller in this process or as one of its own.
 
-    def __init__(self, root: Path, **settings: Any) -> None:
+    Its GPUs are simulated, or with `backend` nvml those of a machine behind the stand-in for libnvidia-ml.so.1.
+    """
+
+    def __init__(self, root: Path, backend: str = "simulated", **settings: Any) -> None:
         self.root = root
+        self.backend = backend
         self.settings: dict[str, Any] = {
             "gpus": [0, 1],
             "state_dir": str(root / "state"),
@@ -53,6 +59,8 @@ class Node:
         self.toml = root / "rms.toml"
         self.log: list[str] = []
         self.booted = 0
+        self.read: tuple[bytes, Any] = (b"", None)
+        self.spare = 900_000
         (root / "state").mkdir(parents=True)
         self.configure(**settings)
         self.boot("first boot")
@@ -64,20 +72,30 @@ class Node:
         self.booted = len(self.journal(since_boot=False))
 
     def configure(self, **settings: Any) -> None:
-        """Write rms.toml, with some settings changed; those named `sim_...` belong to the simulated GPUs."""
+        """Write rms.toml, with some settings changed; those named `sim_...` belong to the GPUs."""
         for key, value in settings.items():
             if key.startswith("sim_"):
                 self.simulated[key.removeprefix("sim_")] = value
             else:
                 self.settings[key] = value
         lines = [f"{key} = {json.dumps(value)}" for key, value in self.settings.items()]
-        lines += ["[simulated]", *(f"{key} = {json.dumps(value)}" for key, value in self.simulated.items())]
+        if self.backend == "simulated":
+            lines += ["[simulated]", *(f"{key} = {json.dumps(value)}" for key, value in self.simulated.items())]
+        else:
+            sim = self.simulated
+            seconds = (sim.get("create_seconds", 0.0), sim.get("destroy_seconds", 0.0))
+            boot_id_file = self.settings["boot_id_file"]
+            self.machine = standin.Machine(Path(sim["file"]), [sim["model"]] * sim["gpus"], boot_id_file, *seconds)
+            self.machine.use()
         self.toml.write_text("".join(f"{line}\n" for line in lines))
 
     @property
     def config(self) -> config.Config:
-        """The configuration as the controller reads it."""
-        return config.load(str(self.toml), "n1")
+        """The configuration as the controller reads it; read again where the file has changed."""
+        text = self.toml.read_bytes()
+        if text != self.read[0]:
+            self.read = text, config.load(str(self.toml), "n1")
+        return self.read[1]
 
     def controller(self, choose: planner.Choose = planner.built_in) -> local.Controller:
         """A controller in this process: its warnings go to `log`. One for each call, as in the hooks."""
@@ -97,7 +115,8 @@ class Node:
 
     def environment(self, **more: str) -> dict[str, str]:
         """The environment of the controller as a process."""
-        return {"RMS_CONFIG": str(self.toml), "PATH": "/usr/bin:/bin", **more}
+        nvml = {} if self.backend == "simulated" else self.machine.environment
+        return {"RMS_CONFIG": str(self.toml), "PATH": "/usr/bin:/bin", **nvml, **more}
 
     def cli(self, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
         """`controller.py ARGUMENTS`, with these variables added to its environment."""
@@ -127,8 +146,15 @@ class Node:
         with Store(self.config.state_dir, time.monotonic() + 20).open("test") as state:
             return state
 
-    def device(self) -> SimulatedDevice:
+    @property
+    def device_class(self) -> type[SimulatedDevice] | type[NvmlDevice]:
+        """What the controller opens."""
+        return SimulatedDevice if self.backend == "simulated" else NvmlDevice
+
+    def device(self) -> Any:
         """A session with all GPUs of the node, those that RMS does not manage included."""
+        if self.backend == "nvml":
+            return standin.Hands(self.machine)
         sim = self.simulated
         return SimulatedDevice(sim["file"], sim["model"], sim["gpus"], range(sim["gpus"]), config.boot_id(self.config))
 
@@ -187,13 +213,15 @@ class Node:
         for allocation in self.state().allocations:
             self.release(allocation.run.job, allocation.run.restart)
         self.check()
-        whole = self.device().geometry("").profiles[-1].name
+        whole = self.device().geometry(open_gpus(self)[0]).profiles[-1].name
         count = len(open_gpus(self))
-        for number in range(count):
-            self.acquire(900_000 + number, whole)
+        jobs = range(self.spare, self.spare + count)
+        self.spare += count
+        for job in jobs:
+            self.acquire(job, whole)
         self.check()
-        for number in range(count):
-            self.release(900_000 + number)
+        for job in jobs:
+            self.release(job)
         self.check()
 
 
@@ -204,7 +232,11 @@ def run(job: int, restart: int = 0) -> Run:
 
 def open_gpus(node: Node) -> list[str]:
     """UUIDs of the GPUs that the node's configuration names."""
-    return list(local.open_device(node.config, config.boot_id(node.config)).gpus())
+    device = local.open_device(node.config, config.boot_id(node.config))
+    try:
+        return list(device.gpus())
+    finally:
+        device.close()
 
 
 def overlaps(journal: list[dict[str, Any]]) -> list[str]:
@@ -237,17 +269,23 @@ def fast_dir() -> Iterator[Path]:
     shutil.rmtree(path, ignore_errors=True)
 
 
-@pytest.fixture
-def node(fast_dir: Path) -> Node:
-    """A node with two simulated A100-80GB without latency."""
-    return Node(fast_dir / "node")
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A module that says `BACKENDS = ["simulated", "nvml"]` has its nodes' tests run on both."""
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", getattr(metafunc.module, "BACKENDS", ["simulated"]))
 
 
 @pytest.fixture
-def make_node(fast_dir: Path) -> Callable[..., Node]:
+def node(fast_dir: Path, backend: str) -> Node:
+    """A node with two A100-80GB without latency."""
+    return Node(fast_dir / "node", backend)
+
+
+@pytest.fixture
+def make_node(fast_dir: Path, backend: str) -> Callable[..., Node]:
     """Makes nodes with settings of their own."""
     counter = iter(range(1000))
-    return lambda **settings: Node(fast_dir / f"node{next(counter)}", **settings)
+    return lambda **settings: Node(fast_dir / f"node{next(counter)}", backend, **settings)
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import records
-from records import Record, Slot
+from records import Record
 from rms_cluster import rms_cluster
 from throwaway import Cluster, ClusterError, missing
 
@@ -152,7 +151,7 @@ def alone(root: Path) -> list[Outcome]:
     outcomes = []
     while waiting or running:
         for job in list(waiting):
-            number, user, request, seconds, _ = job
+            number, _, request, seconds, _ = job
             call = time.time()
             answer = controller("acquire", f"--job={number}", "--restart=0", "--uid=1", f"--request={request}")
             if answer.returncode == 4:
@@ -189,7 +188,6 @@ def report(outcomes: list[Outcome], root: Path, seconds: float) -> int:
     for node in nodes:
         with open(root / node / "gpus.json") as file:
             numbers |= {gpu["uuid"]: i for i, gpu in enumerate(json.load(file)["gpus"])}
-    where: Callable[[Outcome], list[Slot]] = lambda o: [s for s in slots if s.record is o.record]
     head = (
         "job",
         "user",
@@ -203,7 +201,7 @@ def report(outcomes: list[Outcome], root: Path, seconds: float) -> int:
     )
     rows = []
     for o in sorted(outcomes, key=lambda o: o.record.start):
-        mine = where(o)
+        mine = [slot for slot in slots if slot.record is o.record]
         rows.append((
             str(o.record.job), o.user, o.request, o.record.node,
             "+".join(str(numbers[s.gpu]) for s in mine) or "-",

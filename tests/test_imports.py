@@ -18,11 +18,11 @@ HOOKS = ["slurm.hook", "controller"]
 
 THIRD_PARTY = {
     "rms": {"filelock", "pynvml"},
-    "policy": {"torch", "numpy"},
+    "policy": {"torch", "numpy", "numba"},
     "slurm": {"pyslurm"},
     "controller": set[str](),
 }
-HEAVY = {"torch", "numpy", "pyslurm"}
+HEAVY = {"torch", "numpy", "numba", "pyslurm"}
 
 
 class Import(NamedTuple):
@@ -164,7 +164,8 @@ def test_a_hook_loads_no_more_than_it_needs(hook: str) -> None:
     loaded = fresh(f"import {hook}")
     assert "rms.inventory" in loaded
     # What only its command line, or only its rare paths, need: each would be felt at the start of every job.
-    rare = {"argparse", "subprocess", "socket", "asyncio", "rms.simulated", "rms.loop", "slurm.slurmctld", "slurm.site"}
+    rare = {"argparse", "subprocess", "socket", "asyncio", "pynvml", "rms.nvml", "rms.simulated", "rms.loop"}
+    rare |= {"slurm.slurmctld", "slurm.site"}
     assert loaded & (rare | HEAVY) == set(), "is it imported inside the function that needs it?"
 
 

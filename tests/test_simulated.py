@@ -284,7 +284,7 @@ def test_the_state_file_is_replaced_whole(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files, "replace", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(DeviceError, match="No space"):
         made(device, SMALL, 0)
     assert (fast_dir / "gpus.json").read_bytes() == before
 

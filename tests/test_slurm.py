@@ -22,7 +22,7 @@ SHOW = 'echo "$SLURM_LOCALID ${CUDA_VISIBLE_DEVICES-unset} ${NVIDIA_VISIBLE_DEVI
 
 @pytest.fixture(scope="module")
 def slurm(slurm_root: Path) -> Iterator[Cluster]:
-    """One node with two GPUs, so that it is full when a test fills it. Credentials live 5 s, the least that Slurm takes."""
+    """One node with two GPUs, so that a test can fill it. Credentials live 5 s, the least that Slurm takes."""
     options = "LaunchParameters=use_interactive_step"
     with rms_cluster(slurm_root, nodes=1, create=0.02, destroy=0.02, settings="interactive_wait_seconds = 6",
                      cred_expire=5, extra_conf=options) as cluster:  # fmt: skip
@@ -125,6 +125,12 @@ def test_srun_and_salloc(slurm: Cluster) -> None:
     done = slurm.run("salloc", "--gres=mig:2g", "sh", "-c", inside, user=slurm.users[0])
     # The command of salloc runs where it was typed; a step in it has the instance.
     assert done.stdout.splitlines()[1].split()[1].startswith("MIG-")
+
+
+def test_srun_pty(slurm: Cluster) -> None:
+    command = "srun --gres=mig:2g.20gb:1 --pty sh -c 'echo pty=$CUDA_VISIBLE_DEVICES'"
+    done = slurm.run("script", "-qec", command, "/dev/null", user=slurm.users[0])
+    assert "pty=MIG-" in done.stdout
 
 
 def test_interactive_step_of_salloc(slurm: Cluster) -> None:
