@@ -87,14 +87,14 @@ def iterate(count: int, asked: Demand, sweep: Callable[[Floats, float, float], t
     # Steps beyond 1 halve the number of sweeps. Where states are visited in a bad order they blow up; 1 never does.
     for relaxation in (1.6, 1.0):
         value, gain, apart = np.zeros(count), 0.0, 0.0
-        while apart < BLOWN_UP:
+        while 0.0 <= apart < BLOWN_UP:
             for _ in range(SWEEPS):
                 low, high = sweep(value, gain, relaxation / asked.most)
                 gain = (low + high) / 2
             value -= value[0]
             low, high = sweep(value, gain, 0.0)
             apart = high - low
-            if apart < CLOSE:
+            if 0.0 <= apart < CLOSE:  # once values are no numbers the bounds are the wrong way round
                 return Optimum((low + high) / 2, value)
     raise ArithmeticError("value iteration does not converge")
 

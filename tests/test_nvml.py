@@ -257,12 +257,23 @@ def test_a_gpu_instance_that_somebody_cut_up_is_not_whole(node: Node, slices: li
     assert "destroy_gpu_instance" not in {e["op"] for e in node.journal()}
 
 
-def test_an_old_picture_of_the_mig_devices(machine: Machine, device: NvmlDevice) -> None:
+def test_an_old_picture_of_the_mig_devices(fast_dir: Path) -> None:
+    with Machine(fast_dir / "machine", options=["stale"]).device() as device:
+        gpu, gi, ci = made(device, LARGE, 4)
+        pid = os.fork()
+        if pid == 0:
+            with suppress(BaseException):
+                made(device, SMALL, 0)
+            os._exit(0)
+        os.waitpid(pid, 0)
+        assert len(nvml._mig_devices(device._gpu(gpu))) == 1, "the session does not see what the other process made"
+        assert len({i.uuid for i in device.instances(gpu)} - {None}) == 2
+        assert device.holders(gpu, gi, ci) == []
+
+
+def test_a_compute_instance_without_mig_device(machine: Machine, device: NvmlDevice) -> None:
+    """It must not look as if it had vanished: then its slices would be given away."""
     gpu, gi, ci = made(device, LARGE, 4)
-    uuid = device.uuid(gpu, gi, ci)
-    machine.fail(WALK, Nvml.NOT_FOUND, times=7)  # one walk
-    assert device.uuid(gpu, gi, ci) == uuid
-    # A compute instance that is there, but has no MIG device for long, must not look as if it had vanished.
     machine.fail(WALK, Nvml.NOT_FOUND, times=-1)
     refused(Nvml.UNKNOWN, lambda: device.uuid(gpu, gi, ci), "no MIG device")
     refused(Nvml.UNKNOWN, lambda: device.holders(gpu, gi, ci))

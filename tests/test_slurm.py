@@ -93,8 +93,8 @@ def test_tasks_share_out_the_instances(slurm: Cluster) -> None:
     srun --overlap -n1 sh -c '{SHOW}'
     RMS_INSTANCES=1 srun --overlap -n1 sh -c '{SHOW}'
     RMS_INSTANCES=1,0 srun --overlap -n2 sh -c '{SHOW}' | sort
-    RMS_INSTANCES=2 srun --overlap -n1 sh -c '{SHOW}' 
-    RMS_INSTANCES='0;id' srun --overlap -n1 sh -c '{SHOW}' 
+    RMS_INSTANCES=2 srun --overlap -n1 sh -c '{SHOW}'
+    RMS_INSTANCES='0;id' srun --overlap -n1 sh -c '{SHOW}'
     """
     job = slurm.sbatch(script, "--gres=mig:1g:2", "--ntasks=4", user=slurm.users[0])
     slurm.wait_all(30)
@@ -212,7 +212,8 @@ def test_no_prolog_no_script(slurm: Cluster) -> None:
         before = len(log(slurm))
         job = slurm.sbatch(SHOW + "; echo ran; sleep 3", "--gres=mig:1g", "--hold", user=slurm.users[0])
         slurm.run("scontrol", "release", str(job))
-        slurm.wait(lambda job=job: f"job {job}.0: granted" in log(slurm)[before:], 20, "granted")  # type: ignore[misc]
+        granted = f"job {job}.0: granted"
+        slurm.wait(lambda start=before, word=granted: word in log(slurm)[start:], 20, "granted")
         # What a start without Prolog would find, for the next step of the job.
         (jobs / str(job)).write_text(left) if left else (jobs / str(job)).unlink()
         step = slurm.run("srun", f"--jobid={job}", "--overlap", "echo", "step ran", user=slurm.users[0], check=False)

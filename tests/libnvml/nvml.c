@@ -60,7 +60,7 @@ typedef struct {
 typedef struct { int model, minor; char uuid[64], bus[32]; } Gpu;
 static struct {
     char path[4096], driver[80], boot[4096];
-    int privileged, broken, high, odd_ids, forgetful, passthrough, models, profiles, gpus, latencies;
+    int privileged, broken, high, odd_ids, forgetful, passthrough, stale, models, profiles, gpus, latencies;
     Model model[MOST];
     Profile profile[512];
     Gpu gpu[MOST];
@@ -84,6 +84,7 @@ static __thread struct {
 } state;
 
 static int sessions, references;
+static int horizon; /* the newest serial that this session knows of, with option stale; 0 before its first call */
 static __thread int lock; /* a thread's, as the state: threads wait for each other at the lock file */
 
 /* Handles: what they stand for, the session that gave them (those of an earlier one are void), and a number: of a GPU
@@ -217,6 +218,7 @@ static int enter(const char *call, Handle given, int *gpu, Gi **gi, Ci **ci, int
     snprintf(path, sizeof path, "%s.lock", machine.path);
     if ((lock = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666)) < 0 || flock(lock, LOCK_EX)) return UNKNOWN;
     load();
+    if (!horizon) horizon = state.serial + 1;
     if (!given) return SUCCESS;
     int number = number_of(given, ci ? gi ? CI : MIG : gi ? GI : GPU);
     if (ci) {
@@ -342,6 +344,7 @@ int nvmlInitWithFlags(unsigned flags) {
         machine.odd_ids |= !strcmp(line, "option odd-ids");
         machine.forgetful |= !strcmp(line, "option no-persistence");
         machine.passthrough |= !strcmp(line, "option passthrough");
+        machine.stale |= !strcmp(line, "option stale");
         if (sscanf(line, "latency %63s %d", call, &milliseconds) == 2) {
             snprintf(machine.latency[machine.latencies].call, 64, "%s", call);
             machine.latency[machine.latencies++].milliseconds = milliseconds;
@@ -358,6 +361,7 @@ int nvmlInitWithFlags(unsigned flags) {
     if (machine.broken) return machine.broken;
     references++;
     sessions = (sessions + 1) & 0xffffff;
+    horizon = 0;
     return SUCCESS;
 }
 
@@ -645,6 +649,7 @@ int nvmlGpuInstanceCreateComputeInstance(Handle instance, unsigned kind, Handle 
     } while (found && (index += machine.high ? -1 : 1, 1));
     Ci *ci = &state.ci[state.cis++];
     *ci = (Ci){gi->serial, id, slices, index, ++state.serial};
+    horizon = state.serial + 1;
     *out = handle(CI, ci->serial);
     return end(done("create_compute_instance", gpu, gi, ci, SUCCESS));
 }
@@ -712,7 +717,8 @@ int nvmlDeviceGetMigDeviceHandleByIndex(Handle device, unsigned index, Handle *o
     ENTER(device, &gpu, NULL, NULL, 0, 1);
     for (int i = 0; i < state.cis; i++)
         for (int j = 0; j < state.gis; j++)
-            if (state.gi[j].serial == state.ci[i].gi && state.gi[j].gpu == gpu && state.ci[i].index == (int)index) {
+            if (state.gi[j].serial == state.ci[i].gi && state.gi[j].gpu == gpu && state.ci[i].index == (int)index &&
+                (!machine.stale || state.ci[i].serial < horizon)) {
                 *out = handle(MIG, state.ci[i].serial);
                 return leave(SUCCESS);
             }
