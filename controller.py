@@ -300,7 +300,7 @@ class Controller:
         return Outcome(step.generation, None, None, None)
 
     def _patiently(self, destroy: Callable[[], None]) -> None:
-        until = time.monotonic() + DESTROY_SECONDS
+        until = min(time.monotonic() + DESTROY_SECONDS, self._deadline)
         while True:
             try:
                 return destroy()
@@ -418,7 +418,9 @@ class Controller:
                 except DeviceError as error:
                     survey, fault = None, str(error)
                 with self._store.open("mend") as state:
-                    record = state.gpu(gpu)
+                    record = next((g for g in state.gpus if g.uuid == gpu), None)
+                    if record is None:
+                        continue  # taken out of the configuration meanwhile
                     if survey is not None:
                         inventory.reconcile(state, record, survey.seen, survey.held, claim.intents, time.time())
                     elif record.fault != fault:

@@ -6,3 +6,5 @@ TUNING = range(1_000_000, 2_000_000)
 TEST = range(2_000_000, 3_000_000)
 CHECKS = range(3_000_000, 4_000_000)
 """For tests of the code."""
+USERS = range(4_000_000, 5_000_000)
+"""For `rms simulate`."""

@@ -5,6 +5,7 @@ Every line has t (epoch seconds), event, pid. Lines are appended in one write, s
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -25,7 +26,11 @@ class Audit:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
             descriptor = os.open(self._path, flags, 0o640)
             try:
-                os.write(descriptor, line.encode() + b"\n")
+                data = line.encode() + b"\n"
+                written = os.write(descriptor, data)
+                if written < len(data):  # the disk is full: half a line would spoil the next one, too
+                    os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             finally:
                 os.close(descriptor)
         except OSError as error:

@@ -11,7 +11,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
@@ -62,6 +62,32 @@ def _parser() -> argparse.ArgumentParser:
         "--slurm-conf", metavar="PATH", default="/etc/slurm/slurm.conf", help="where they have slurm.conf"
     )
     verb.add_argument("--write", metavar="DIR", help="write the files into DIR instead of printing them")
+
+    verb = verbs.add_parser(
+        "simulate", allow_abbrev=False, help="policies side by side on recorded or made-up jobs (docs/simulate.md)"
+    )
+    verb.set_defaults(verb=simulate)
+    jobs = verb.add_mutually_exclusive_group(required=True)
+    jobs.add_argument("--trace", metavar="FILE", help="recorded jobs: a CSV, or what sacct -P printed")
+    jobs.add_argument("--mix", metavar="NAME", help="made-up jobs: uniform, skew-small, skew-big, bimodal")
+    verb.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs; with --mode elastic the most")
+    verb.add_argument("--model", default="A100-80GB", help="GPU model (default: %(default)s)")
+    verb.add_argument("--load", type=float, metavar="X", help="offered memory slices by GPUs' (--mix; default: 0.8)")
+    verb.add_argument("--jobs", type=int, metavar="N", help="how many jobs (--mix; default: 50000)")
+    verb.add_argument("--seed", type=int, metavar="N", help="of the made-up jobs (--mix; default: 0)")
+    verb.add_argument(
+        "--policy", default="built-in,mfi", metavar="LIST", help="names with commas between (default: %(default)s)"
+    )
+    verb.add_argument(
+        "--mode",
+        choices=["queue", "loss", "elastic"],
+        default="queue",
+        help="who does not fit waits, or is lost; elastic: takes another GPU (default: %(default)s)",
+    )
+    verb.add_argument("--reserve", action="store_true", help="keep a GPU for the job that waits for a whole one")
+    verb.add_argument("--skip-bad-lines", action="store_true", help="leave out and count lines that can't be read")
+    verb.add_argument("--json", action="store_true", help="everything, as one JSON object")
+    verb.add_argument("--report", metavar="FILE.html", help="write a page with pictures")
 
     return parser
 
@@ -161,6 +187,57 @@ def slurm_config(options: argparse.Namespace) -> int:
         for name, text in made.items():
             print(f"##### {os.path.join(os.path.dirname(options.slurm_conf), name)}\n{text}")
     return 0
+
+
+def simulate(options: argparse.Namespace) -> int:
+    """Run policies side by side on the same jobs."""
+    import json
+
+    made_up = {"load": options.load, "jobs": options.jobs, "seed": options.seed}
+    if options.trace and any(value is not None for value in made_up.values()):
+        return _fail("--load, --jobs and --seed are for made-up jobs (--mix): a trace brings its own", 2)
+    try:
+        from policy import report, study
+    except ModuleNotFoundError as error:
+        if error.name not in ("numpy", "numba"):
+            raise
+        return _fail(f"rms simulate needs {error.name}, which is not installed: pip install numpy numba", 1)
+    with _progress() as progress:
+        found = study.simulate(
+            study.Wanted(
+                options.model,
+                options.gpus,
+                options.mode,
+                options.reserve,
+                options.policy,
+                options.trace,
+                options.skip_bad_lines,
+                options.mix,
+                **{key: value for key, value in made_up.items() if value is not None},
+            ),
+            progress,
+        )
+    if options.report:
+        with open(options.report, "w", encoding="utf-8") as file:
+            file.write(report.page(found))
+    print(json.dumps(found, indent=2) + "\n" if options.json else report.text(found), end="")
+    return 0
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, float], None]]:
+    """A bar on stderr, where that is a terminal; gone at the end."""
+    shown = sys.stderr.isatty()
+
+    def progress(what: str, done: float) -> None:
+        if shown:
+            print(f"\r\x1b[K{what:30.30} [{'#' * int(30 * done):30}] {done:4.0%}", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield progress
+    finally:
+        if shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def _policy() -> dict[str, str | None]:

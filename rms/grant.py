@@ -47,7 +47,8 @@ def directory(run_dir: str) -> str:
         for place in (run_dir, path):
             if not os.path.lexists(place):
                 os.makedirs(place, exist_ok=True)
-                os.chmod(place, 0o755)  # whatever our umask: each user's TaskProlog reads here, only root writes
+                # Whatever our umask: each user's TaskProlog reads here, only root writes.
+                os.chmod(place, 0o755)  # noqa: S103
         found = os.lstat(path)
     except OSError as error:
         raise NodeError(f"cannot use {path}: {error.strerror}") from error

@@ -244,8 +244,8 @@ class NvmlDevice:
 
     def _spanning(self, gpu: str, instance: Any, profile: Profile) -> int | None:
         """The id of the compute instance that is the only one in a GPU instance and has all its slices, if there is."""
-        found = [
-            (offered.sliceCount, int(pynvml.nvmlComputeInstanceGetInfo(ci).id))
+        slices = {
+            int(pynvml.nvmlComputeInstanceGetInfo(ci).id): int(offered.sliceCount)
             for offered in self._of_compute(gpu, instance, profile.id)
             for ci in _listed(
                 pynvml.nvmlGpuInstanceGetComputeInstances,
@@ -253,8 +253,8 @@ class NvmlDevice:
                 offered.id,
                 pynvml.c_nvmlComputeInstance_t * offered.instanceCount,
             )
-        ]
-        return found[0][1] if len(found) == 1 and found[0][0] == profile.compute else None
+        }
+        return next(iter(slices)) if list(slices.values()) == [profile.compute] else None
 
     def _mig_device(self, gpu: str, gi: int, ci: int) -> Any:
         self._compute_instance(gpu, gi, ci)  # NOT_FOUND means that the instance is gone, and nothing else

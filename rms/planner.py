@@ -270,9 +270,9 @@ def plan(view: View, request: Request, end: float | None, choose: Choose = built
         profile = request.profiles[position]
         left[profile] -= 1
         rest = Request(tuple((name, count) for name, count in left.items() if count))
-        offered = _leaving_room(view, candidates(view, profile), rest, end)
+        offered = tuple(_leaving_room(view, candidates(view, profile), rest, end))
         choice = _checked(view, Asked(profile, end), offered, choose)
-        decisions[position] = Decision(Asked(profile, end), tuple(offered), choice)
+        decisions[position] = Decision(Asked(profile, end), offered, choice)
         view = _after(view, choice.candidate, end)
     return [decision for decision in decisions if decision is not None]
 

@@ -1,4 +1,4 @@
-"""What many tests share: a node of its own in a directory, with fast simulated GPUs, and checks of all that it shows."""
+"""What many tests share: a node of its own in a directory, with fast simulated GPUs, and checks of what it shows."""
 
 from __future__ import annotations
 
@@ -14,13 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 import standin
 import throwaway
+from hypothesis import HealthCheck, settings
 
 import controller as local
 from rms import config, grant, planner
@@ -29,6 +25,8 @@ from rms.inventory import Run, State
 from rms.nvml import NvmlDevice
 from rms.simulated import SimulatedDevice
 from rms.store import Store
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # The same examples on every run: a red test stays red until the code is mended.
 settings.register_profile(

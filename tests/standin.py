@@ -57,9 +57,9 @@ class Machine:
     """A machine with GPUs of the named models (a model that geometry.json lacks can't do MIG), in files named `path`.*
 
     `use` makes it the one that NVML shows to this process; `environment` does so for others. Options of the stand-in:
-    `high` gives the last MIG index first, `odd-ids` other GI ids than the usual ones, `passthrough` has Ampere GPUs that
-    the driver can't reset, `stale` sessions that do not see the MIG devices which others make, `no-persistence`.
-    `broken` is the code that opening NVML fails with.
+    `high` gives the last MIG index first, `odd-ids` other GI ids than the usual ones, `passthrough` has GPUs that the
+    driver can't reset, `stale` sessions that do not see the MIG devices which others make, `no-persistence`. `broken`
+    is the code that opening NVML fails with.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -28,6 +28,7 @@ from rms.errors import ClosedRunError, NodeError, NoRoomError, RequestError
 from rms.geometry import Placement
 from rms.inventory import Run, State
 from rms.request import parse
+from rms.store import Store
 
 BACKENDS = ["simulated", "nvml"]
 """On what GPUs every test that has a node is run."""
@@ -538,6 +539,32 @@ def test_a_gpu_comes_back_before_its_job_has_ended(node: Node) -> None:
     node.check_empties()
 
 
+def test_a_gpu_is_taken_away_while_it_is_mended(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    (one,) = node.acquire(1, "7g")
+    (two,) = node.acquire(2, "7g")
+    real = Store.hardware
+    done = []
+
+    @contextmanager
+    def late(self: Store, gpus: Sequence[str], what: str) -> Iterator[None]:
+        if what == "mend" and not done:
+            done.append(what)
+            node.configure(gpus=[0])
+            node.acquire(3, "1g")
+        with real(self, gpus, what):
+            yield
+
+    with holder(node, two.uuid):
+        node.release(2)
+        node.release(1)
+        monkeypatch.setattr(Store, "hardware", late)
+        slow = node.controller()
+        assert slow.acquire(run(4), 0, "1g")[0].gpu == one.gpu
+    assert done
+    monkeypatch.undo()
+    node.check()
+
+
 def test_other_gpus_after_a_reboot(node: Node) -> None:
     node.acquire(1, "3g")
     node.configure(sim_model="A30", sim_file=str(node.root / "new-gpus.json"))
@@ -555,7 +582,7 @@ def test_a_config_that_names_what_is_not_there(node: Node) -> None:
     node.acquire(1, "3g")
     for wrong in ([0, 7], ["GPU-0"], [-1]):
         node.configure(gpus=wrong)
-        with pytest.raises(NodeError, match="GPU .*not found"):
+        with pytest.raises(NodeError, match=r"GPU .*not found"):
             node.acquire(2, "1g")
     node.configure(gpus=[0, 1])
     node.check()
@@ -593,7 +620,7 @@ def test_a_gpu_that_fails_is_left_out(node: Node, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(NoRoomError):
         node.acquire(2, "7g")
     node.release(1)
-    with pytest.raises(NodeError, match=f"{first}.*999"):
+    with pytest.raises(NodeError, match=rf"{first}.*999"):
         node.acquire(3, "7g:2")
     node.check()
     monkeypatch.undo()
@@ -615,7 +642,7 @@ def test_a_gpu_that_does_not_answer_is_not_offered(node: Node, monkeypatch: pyte
     assert node.acquire(2, "2g")[0].gpu == second
     assert any(first in line and "lost" in line for line in node.log)
     node.release(1)
-    with pytest.raises(NodeError, match=f"{first}.*lost"):
+    with pytest.raises(NodeError, match=rf"{first}.*lost"):
         node.acquire(3, "7g:2")
     monkeypatch.undo()
     node.check_empties()
@@ -623,7 +650,7 @@ def test_a_gpu_that_does_not_answer_is_not_offered(node: Node, monkeypatch: pyte
 
 def test_no_gpu_works(node: Node) -> None:
     node.device().fail("create_compute_instance", Nvml.UNKNOWN, times=1000)
-    with pytest.raises(NodeError, match="create.*: NVML error 999"):
+    with pytest.raises(NodeError, match=r"create.*: NVML error 999"):
         node.acquire(1, "3g")
     node.check()
     assert node.statuses() == {}

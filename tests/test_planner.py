@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ PROFILES = {model: {p["name"]: p for p in data["profiles"]} for model, data in D
 
 
 def goes_with(model: str, new: Placement, held: Sequence[Placement]) -> bool:
-    """The rules of MIG, spelled once more: no shared slice, no more than a profile's count, one set of media engines."""
+    """The rules of MIG once more: no shared slice, no more than a profile's count, one set of media engines."""
     mine = PROFILES[model][new.profile]
     slices = {s for p in held for s in range(p.start, p.start + p.size)}
     if slices & set(range(new.start, new.start + new.size)):
@@ -183,7 +184,7 @@ def test_the_built_in_rule_is_the_documented_one(place: tuple[str, View], data: 
     assert rank(decision.choice.candidate) == min(ranks)
     # The scores say the same, but for the last two tie-breaks: higher is better.
     scores = decision.choice.scores
-    for one, two in zip(ranks, ranks[1:], strict=False):
+    for one, two in itertools.pairwise(ranks):
         better = scores[ranks.index(one)] - scores[ranks.index(two)]
         assert (better > 0, better < 0) == (one[:3] < two[:3], one[:3] > two[:3])
 
@@ -264,7 +265,7 @@ BROKEN: dict[str, Callable[[View, Asked, Sequence[Candidate]], Any]] = {
     "raises without words": lambda view, asked, offered: next(iter(())),
     "answers nothing": lambda view, asked, offered: None,
     "answers another thing": lambda view, asked, offered: "the first one",
-    "recurses": lambda view, asked, offered: BROKEN["recurses"](view, asked, offered),
+    "recurses": lambda view, asked, offered: BROKEN["recurses"](view, asked, tuple(offered)),
     "makes up a place": lambda view, asked, offered: built_in(view, asked, offered)._replace(
         candidate=Candidate(0, Placement("1g.10gb", 7, 1), False, ())
     ),
@@ -277,6 +278,7 @@ BROKEN: dict[str, Callable[[View, Asked, Sequence[Candidate]], Any]] = {
     "chooses the busy one": lambda view, asked, offered: built_in(view, asked, offered)._replace(
         candidate=Candidate(0, Placement("3g.40gb", 4, 4), True, ())
     ),
+    "tampers with what is offered": lambda view, asked, offered: offered.clear(),  # type: ignore[attr-defined]
     "has no scores": lambda view, asked, offered: built_in(view, asked, offered)._replace(scores=()),
     "has odd scores": lambda view, asked, offered: built_in(view, asked, offered)._replace(scores=None),  # type: ignore[arg-type]
     "wants nonsense": lambda view, asked, offered: built_in(view, asked, offered)._replace(wanted=("3g",)),  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Simulated GPUs behave as NVML does: the same errors for the same mistakes, the same ids, the same life after a crash."""
+"""Simulated GPUs behave as NVML does: the same errors for the same mistakes, the same ids, the same after a crash."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_the_journal_tells_everything(device: SimulatedDevice, fast_dir: Path) -
 @pytest.mark.parametrize("moment", ["_save", "_log", "half of the line"])
 def test_a_kill_between_state_and_journal(fast_dir: Path, moment: str) -> None:
     device = opened(fast_dir)
-    gpu, gi, *_ = made(device, LARGE, 4)
+    gpu = made(device, LARGE, 4)[0]
 
     def die(entry: object) -> None:
         if moment == "half of the line":

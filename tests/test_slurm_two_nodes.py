@@ -20,8 +20,9 @@ pytestmark = pytest.mark.slurm
 
 JOBS = 200
 SEED = 20261122
-REQUESTS = "1g 1g:3 1g:5 1g.20gb 2g 2g:3 2g:5 3g 3g:2 3g:3 4g 7g 2g:1,1g:1 3g:1,2g:1 1g:3,3g:1 4g:1,3g:1".split()
-"""Many that take slices without filling a half of a GPU, so that sums often admit what can't be placed."""
+SMALL = ["1g", "1g:2", "1g.20gb", "2g"]
+LARGE = ["3g", "3g:2", "3g:3", "4g", "4g:2", "7g", "2g:5", "2g:1,1g:1", "3g:1,2g:1", "1g:3,3g:1", "4g:1,3g:1"]
+"""Small ones run longer, so that they stand about and slices often add up where nothing large can be placed."""
 
 
 class Job(NamedTuple):
@@ -36,10 +37,12 @@ def random_jobs() -> list[tuple[Job, float]]:
     chance = random.Random(SEED)
     jobs = []
     for _ in range(JOBS):
-        request = "" if chance.random() < 0.1 else chance.choice(REQUESTS)
+        kind = chance.choices([[""], SMALL, LARGE], [0.1, 0.35, 0.55])[0]
+        request = chance.choice(kind)
         gres = ["--gres=" + ",".join(f"mig:{item}" for item in request.split(","))] if request else []
         more = [o for o, p in (("--no-requeue", 0.1), ("--ntasks=2", 0.2), ("--time=3", 0.5)) if chance.random() < p]
-        jobs.append((Job(request, (*gres, *more)), round(chance.uniform(0.3, 2.5), 2)))
+        seconds = chance.uniform(1.0, 5.0) if kind is SMALL else chance.uniform(0.3, 1.5)
+        jobs.append((Job(request, (*gres, *more)), round(seconds, 2)))
     return jobs
 
 
@@ -145,7 +148,6 @@ def test_two_hundred_jobs(slurm_root: Path) -> None:
     moments = sorted(r.start for r in everything)
     assert max(sum(r.start <= t < r.end for r in everything) for t in moments) >= 6, "jobs at once"
     events = {node: audit(slurm_root, node) for node in nodes}
-    print(len([1 for n in nodes for e in events[n] if e["event"] == "refused"]), "refusals")
     refused = {tuple(e["run"][:2]) for node in nodes for e in events[node] if e["event"] == "refused"}
     assert len(refused) >= 20, "jobs that were refused at least once"
     for node in nodes:

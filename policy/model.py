@@ -1,0 +1,318 @@
+"""The runtime of the learned policy: reads a model file and decides with it. Plain Python: it runs in a job's Prolog.
+
+A file is a magic line, the length of a JSON manifest, the manifest, and little-endian arrays: the sets of placements a
+GPU can hold (as bits), the class of each, and the weights of the net that values the classes for a demand. A GPU model
+is known by its plain profiles' slices, starts and counts, so boards with equal placements share a file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import sys
+import zlib
+from array import array
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from itertools import pairwise
+from math import exp, isfinite, tanh
+from operator import mul
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rms import planner
+from rms.geometry import Geometry, Layout, Placement
+from rms.planner import Asked, Candidate, Choice, View
+
+if TYPE_CHECKING:
+    from policy.transitions import Transitions
+
+WEIGHTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights")
+MAGIC = b"RMS policy 1\n"
+PRIOR = 8.0
+"""How many requests the shipped prior counts for in the estimate of the demand."""
+SAME = 1.0
+"""Limits that differ by less (seconds) are the same one."""
+
+Layers = Sequence[tuple[Sequence[Sequence[float]], Sequence[float]]]
+
+
+class ModelError(Exception):
+    """There is no model to decide with, and why."""
+
+
+class Model(NamedTuple):
+    """A model as read. `places` numbers the plain placements by compute slices, memory slices and start; `classes` maps
+    the set of numbers that are held, as bits, to its class. `foresight` is a rate per mean time limit, `reuse` what an
+    idle instance that can be reused is worth beside the value of GPUs."""
+
+    name: str
+    plain: tuple[str, ...]
+    sizes: tuple[int, ...]
+    of_profile: tuple[tuple[int, ...], ...]
+    places: Mapping[tuple[int, int, int], int]
+    classes: Mapping[int, int]
+    layers: Layers
+    prior: tuple[float, ...]
+    foresight: float
+    reuse: float
+    manifest: Mapping[str, Any]
+
+
+def signature(geometry: Geometry) -> list[list[Any]]:
+    """What boards that share a model have in common: slices, starts and number of each plain profile."""
+    return [[geometry.slots], *([p.compute, p.memory, list(p.starts), p.limit] for p in geometry.profiles if p.plain)]
+
+
+def pack(
+    moves: Transitions, layers: Layers, prior: Sequence[float], rule: Mapping[str, float], made: Mapping[str, Any]
+) -> bytes:
+    """The bytes of a model file. `rule` has foresight and reuse, `made` is for people: how it came to be."""
+    weights = array("f", [w for rows, biases in layers for row in (*rows, biases) for w in row])
+    held = [sum(1 << moves.placements.index(p) for p in state) for state in moves.states]
+    arrays = (array("I", held), array("B", moves.classes), weights)
+    if sys.byteorder == "big":
+        for one in arrays:
+            one.byteswap()
+    body = b"".join(one.tobytes() for one in arrays)
+    manifest = {
+        "board": signature(moves.geometry),
+        "states": len(held),
+        "shape": [len(layers[0][0][0]), *(len(biases) for _, biases in layers)],
+        "prior": list(prior),
+        **rule,
+        "crc": zlib.crc32(body),
+        "made": made,
+    }
+    head = json.dumps(manifest, separators=(",", ":")).encode()
+    return MAGIC + struct.pack("<I", len(head)) + head + body
+
+
+def unpack(data: bytes, geometry: Geometry) -> Model:
+    """The model from a file's bytes. Raises ModelError if it is damaged, or not for boards like this."""
+    try:
+        if not data.startswith(MAGIC):
+            raise ModelError("is no model of this version")
+        (length,) = struct.unpack_from("<I", data, len(MAGIC))
+        start = len(MAGIC) + 4
+        manifest = json.loads(data[start : start + length])
+        body = data[start + length :]
+        if zlib.crc32(body) != manifest["crc"]:
+            raise ModelError("is damaged")
+        if manifest["board"] != signature(geometry):
+            raise ModelError(f"is not for the placements of {geometry.model}")
+        states, shape = manifest["states"], manifest["shape"]
+        held, classes, weights = array("I"), array("B"), array("f")
+        held.frombytes(body[: 4 * states])
+        classes.frombytes(body[4 * states : 5 * states])
+        weights.frombytes(body[5 * states :])
+        if sys.byteorder == "big":
+            held.byteswap()
+            weights.byteswap()
+        layers, at = [], 0
+        for inputs, outputs in pairwise(shape):
+            rows = [weights[at + i * inputs : at + (i + 1) * inputs] for i in range(outputs)]
+            at += inputs * outputs
+            layers.append((rows, weights[at : at + outputs]))
+            at += outputs
+        plain = [p for p in geometry.profiles if p.plain]
+        prior = tuple(map(float, manifest["prior"]))
+        foresight, reuse = float(manifest["foresight"]), float(manifest["reuse"])
+        whole = at == len(weights) and len(held) == len(classes) == states and max(classes) < shape[-1]
+        if not whole or len(prior) != len(plain) or shape[0] != len(plain):
+            raise ModelError("is damaged")
+        if not all(map(isfinite, (*weights, *prior, foresight, reuse))):
+            raise ModelError("has weights that are no numbers")
+    except ModelError:
+        raise
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError, struct.error) as error:
+        raise ModelError(f"is damaged ({type(error).__name__})") from error
+    places = [(p.compute, p.memory, start) for p in plain for start in p.starts]
+    firsts = [sum(len(p.starts) for p in plain[:i]) for i in range(len(plain) + 1)]
+    return Model(
+        f"{zlib.crc32(data):08x}",
+        tuple(p.name for p in plain),
+        tuple(p.memory for p in plain),
+        tuple(tuple(range(a, b)) for a, b in pairwise(firsts)),
+        {place: number for number, place in enumerate(places)},
+        dict(zip(held, classes, strict=True)),
+        layers,
+        prior,
+        foresight,
+        reuse,
+        manifest,
+    )
+
+
+@lru_cache
+def load(geometry: Geometry, folder: str = WEIGHTS) -> Model:
+    """The model for a board. Raises ModelError if there is none that is whole."""
+    path = os.path.join(folder, f"slots{geometry.slots}.model")
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise ModelError(f"no model for {geometry.model}: {path}: {error.strerror}") from error
+    try:
+        return unpack(data, geometry)
+    except ModelError as error:
+        raise ModelError(f"{path} {error}") from None
+
+
+def values(model: Model, shares: Sequence[float]) -> list[float]:
+    """The value of each class for a demand; the empty GPU's is 0."""
+    x: Sequence[float] = shares
+    for rows, biases in model.layers[:-1]:
+        x = [tanh(sum(map(mul, row, x)) + bias) for row, bias in zip(rows, biases, strict=True)]
+    rows, biases = model.layers[-1]
+    out = [sum(map(mul, row, x)) + bias for row, bias in zip(rows, biases, strict=True)]
+    return [value - out[0] for value in out]
+
+
+def estimate(model: Model, view: View, geometry: Geometry) -> list[float]:
+    """The shares of the profiles in the demand: what was seen here and what waits, beside the prior.
+
+    Who waits has not been seen yet: with them the large profiles, which wait longest, are not underrated.
+    """
+    counts = [PRIOR * share for share in model.prior]
+    alike = plain_names(geometry)
+    for demand in (*view.recent, *(view.pending or ())):
+        for profile, count in demand.request.items:
+            if (name := alike.get(profile)) is not None:
+                counts[model.plain.index(name)] += count
+    total = sum(counts)
+    return [count / total for count in counts]
+
+
+@lru_cache
+def plain_names(geometry: Geometry) -> Mapping[str, str]:
+    """Every profile's plain one of the same slices: an attribute (`+me`) changes nothing about room."""
+    of_slices = {(p.compute, p.memory): p.name for p in geometry.profiles if p.plain}
+    return {p.name: of_slices[p.compute, p.memory] for p in geometry.profiles if (p.compute, p.memory) in of_slices}
+
+
+def unit(view: View) -> tuple[float, float | None]:
+    """The mean time limit, in seconds, and the one that says nothing because most jobs have it: a partition's default.
+    Times count in that unit, so that limits which are all too long by the same factor change nothing."""
+    known = [d.limit for d in view.recent if d.limit]
+    known = known or [b.end - b.start for gpu in view.gpus for b in gpu.busy if b.end is not None and b.end > b.start]
+    if not known:
+        return 0.0, None
+    usual = sorted(known)[len(known) // 2]  # what more than half have in common is their median
+    alike = sum(abs(limit - usual) < SAME for limit in known)
+    return sum(known) / len(known), usual if len(known) >= 8 and 2 * alike > len(known) else None
+
+
+def choose(view: View, asked: Asked, candidates: Sequence[Candidate], folder: str = WEIGHTS) -> Choice:
+    """`rms.planner.Choose`: where the value of the GPUs, over the known remaining times, grows most.
+
+    Ties by GPU, then start. Where there is no model for the boards, the built-in rule decides and says why.
+    """
+    geometry = view.gpus[candidates[0].gpu].geometry
+    try:
+        model = load(geometry, folder)
+        if any(signature(view.gpus[c.gpu].geometry) != model.manifest["board"] for c in candidates):
+            raise ModelError("GPUs that are not alike: no model compares them")
+    except ModelError as error:
+        safe = planner.built_in(view, asked, candidates)
+        return safe._replace(reason=f"{error}; {safe.reason}")
+    shares = estimate(model, view, geometry)
+    of_class = values(model, shares)
+    mean, usual = unit(view)
+    rate = model.foresight / mean if mean else 0.0
+    scores = score(model, of_class, view, asked, candidates, rate, usual)
+    best = min(range(len(candidates)), key=lambda i: (-scores[i], candidates[i].gpu, candidates[i].placement.start))
+    chosen = candidates[best]
+    mix = " ".join(f"{name} {share:.2f}" for name, share in zip(model.plain, shares, strict=True))
+    return Choice(
+        chosen,
+        tuple(s / 2e6 for s in scores),
+        f"most value left for the demand {mix}" + (f", limits of {mean / 60:.0f} min" if rate else ""),
+        "learned",
+        model.name,
+        layout(model, of_class, shares, view, chosen),
+    )
+
+
+def score(
+    model: Model,
+    of_class: Sequence[float],
+    view: View,
+    asked: Asked,
+    candidates: Sequence[Candidate],
+    rate: float,
+    usual: float | None,
+) -> list[int]:
+    """Each candidate's gain in value, over time, in half millionths: an idle instance to reuse breaks ties."""
+    end = None if asked.end is None or said_nothing(asked.end - view.now, usual) else asked.end
+    until = exp(-rate * max(end - view.now, 0.0)) if rate and end is not None else 0.0
+    bonus = 2 * round(model.reuse * 1e6) + 1
+    paths: dict[int, list[tuple[int, float]]] = {}
+    found = []
+    for candidate in candidates:
+        gpu = view.gpus[candidate.gpu]
+        if candidate.gpu not in paths:
+            paths[candidate.gpu] = foresee(model, gpu, view.now, rate, usual)
+        bit = number(model, gpu.geometry, candidate.placement)
+        since, total = 1.0, 0.0
+        for held, lasts in paths[candidate.gpu]:
+            left = max(lasts, until)
+            gain = of_class[model.classes[held | bit]] - of_class[model.classes[held]]
+            total += (since - left) * gain
+            since = left
+            if left <= until:
+                break
+        found.append(2 * round(total * 1e6) + (bonus if candidate.reuse else 0))
+    return found
+
+
+def said_nothing(limit: float, usual: float | None) -> bool:
+    """Whether a time limit is the one that most have."""
+    return usual is not None and abs(limit - usual) < SAME
+
+
+def number(model: Model, geometry: Geometry, placement: Placement) -> int:
+    """The bit of a placement, or of the plain one that takes the same slices."""
+    return 1 << model.places[geometry.by_name[placement.profile].compute, placement.size, placement.start]
+
+
+def foresee(
+    model: Model, gpu: planner.GpuView, now: float, rate: float, usual: float | None
+) -> list[tuple[int, float]]:
+    """How a GPU is expected to empty: what it holds, and until when, as exp(-rate * time). What has no known end, or
+    should be over already, stays."""
+    held = sum(number(model, gpu.geometry, p) for p in gpu.taken)
+    leaving = sorted(
+        (b.end, number(model, gpu.geometry, b.placement))
+        for b in gpu.busy
+        if rate and b.end is not None and b.end > now and not said_nothing(b.end - b.start, usual)
+    )
+    path = []
+    for end, bit in leaving:
+        path.append((held, exp(-rate * (end - now))))
+        held -= bit
+    return [*path, (held, 0.0)]
+
+
+def layout(model: Model, of_class: Sequence[float], shares: Sequence[float], view: View, chosen: Candidate) -> Layout:
+    """What the policy has in mind for the GPU: the free slices filled with the profiles that are expected, by memory
+    slices and the fewer of them stand there already, each where it costs least value."""
+    gpu = view.gpus[chosen.gpu]
+    wanted = [*gpu.taken, chosen.placement]
+    held = sum(number(model, gpu.geometry, p) for p in wanted)
+    here = [0] * len(shares)
+    while True:
+        open_to = [p for p, places in enumerate(model.of_profile) if any(free(model, held, k) for k in places)]
+        if not open_to:
+            return tuple(sorted(wanted, key=lambda p: p.start))
+        profile = max(open_to, key=lambda p: (shares[p] * model.sizes[p] / (1 + here[p]), p))
+        spots = [k for k in model.of_profile[profile] if free(model, held, k)]
+        spot = max(spots, key=lambda k: of_class[model.classes[held | 1 << k]])
+        here[profile] += 1
+        held |= 1 << spot
+        wanted.append(gpu.geometry.placements(model.plain[profile])[model.of_profile[profile].index(spot)])
+
+
+def free(model: Model, held: int, place: int) -> bool:
+    """Whether a place can be taken beside what is held."""
+    return not held >> place & 1 and held | 1 << place in model.classes
