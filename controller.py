@@ -397,7 +397,7 @@ class Controller:
 
     def _discover(self) -> None:
         """Take in the GPUs after a reboot or a change of the configuration."""
-        geometries = {gpu: self._asking(gpu, self._device.geometry) for gpu in self._device.gpus()}
+        geometries = {gpu: self._asking(gpu, self._device.geometry) for gpu in self._managed()}
         with self._store.open("discover") as state:
             if state.boot_id != self._boot_id:
                 self._report("this node has booted: instances and allocations from before are gone")
@@ -448,13 +448,14 @@ class Controller:
                     self._recover(damaged)
         finally:
             if self._session is not None:
-                self._session.close()
+                with suppress(DeviceError):  # the work is done, or has failed with an error of its own
+                    self._session.close()
                 self._session = None
             if self.audit.fault:
                 self._log(self.audit.fault)
 
     def _recover(self, damaged: Damaged) -> None:
-        gpus = self._device.gpus()
+        gpus = self._managed()
         with self._store.hardware(gpus, "recover"):
             surveys = {gpu: self._asking(gpu, self._survey) for gpu in gpus}
             with self._store.rebuild("recover") as state:
@@ -483,6 +484,12 @@ class Controller:
             return question(gpu)
         except DeviceError as error:
             raise NodeError(f"GPU {gpu}: {error}") from error
+
+    def _managed(self) -> Sequence[str]:
+        try:
+            return self._device.gpus()
+        except DeviceError as error:
+            raise NodeError(f"cannot list the GPUs: {error}") from error
 
     def _wait(self, why: str) -> None:
         if time.monotonic() > self._deadline:
@@ -564,8 +571,10 @@ def _explain(decision: Decision, view: View) -> dict[str, object]:
 
 
 def choose(view: View, asked: planner.Asked, candidates: Sequence[planner.Candidate]) -> planner.Choice:
-    """The policy that this controller asks: the one place where it is chosen."""
-    return planner.built_in(view, asked, candidates)
+    """The policy that this controller asks: the one place where it is chosen. The planner's rule stands in for it."""
+    from policy import model
+
+    return model.choose(view, asked, candidates)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -7,7 +7,6 @@ arrivals and ends are known beforehand; what fits is placed all the same.
 from __future__ import annotations
 
 import heapq
-import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -15,6 +14,7 @@ import numpy as np
 from policy.simulator import Node
 from policy.transitions import Transitions
 from policy.workload import Floats, Jobs, sizes
+from rms.errors import RequestError
 from rms.geometry import Counts, undominated
 
 MOST_STATES = 200_000
@@ -82,16 +82,13 @@ def free_migration(
             while running and running[0][0] == now:
                 _, job = heapq.heappop(running)
                 busy = tuple(b - a for b, a in zip(busy, asked[job], strict=True))
-            look = waiting[: node.depth]
         else:
-            # What waits did not fit a moment ago: only the newcomer can, if backfill looks that far.
-            look = [arrived] if len(waiting) < max(node.depth, 1) else []
             waiting.append(arrived)
             arrived += 1
             if arrived % 1000 == 0:
                 progress(arrived / len(heads))
         refused, started = set[Counts](), set[int]()
-        for job in look:
+        for job in waiting[: max(node.depth, 1)]:
             if asked[job] in refused:
                 continue
             grown = tuple(b + a for b, a in zip(busy, asked[job], strict=True))
@@ -103,8 +100,10 @@ def free_migration(
                 heapq.heappush(running, (now + duration[head], job))
             else:
                 refused.add(asked[job])
-        if started or not node.depth:
-            waiting = [job for job in waiting if job not in started] if node.depth else []
+        if not node.depth:
+            waiting = []
+        elif started:
+            waiting = [job for job in waiting if job not in started]
     return starts
 
 
@@ -112,34 +111,47 @@ State = tuple[tuple[tuple[int, float], ...], ...]
 """For each GPU the placements that are busy, each with when it ends; GPUs sorted, since they are interchangeable."""
 
 
-def clairvoyant(moves: Transitions, gpus: int, jobs: Jobs) -> int:
-    """The most memory slices that can be accepted in loss mode, by a policy that knows what will come and when all
-    ends, places what fits and moves nothing. For short traces: all that can be reached is kept, state by state.
+def clairvoyant(
+    moves: Transitions, node: Node, jobs: Jobs, progress: Callable[[float], None] = lambda done: None
+) -> Floats:
+    """When each row starts (nan: lost) where the most memory slices are accepted in loss mode, by a policy that knows
+    what will come and when all ends, places what fits and moves nothing. All that can be reached is looked at.
 
-    Raises ValueError where that is too much; 60 jobs on 2 GPUs at load 0.7 are about what can be done.
+    Raises RequestError where that is too much: 200 jobs on 2 GPUs at load 0.7 take a second, 60 on 4 can't be done.
     """
     memory = sizes(moves).astype(int).tolist()
     heads, asked = requests(jobs, len(moves.profiles))
     worth = [sum(c * m for c, m in zip(counts, memory, strict=True)) for counts in asked]
-    still = [*itertools.accumulate(reversed(worth)), 0][::-1][1:] if worth else []
-    reached: dict[State, int] = {((),) * gpus: 0}
-    for head, gain, later in zip(heads, worth, still, strict=True):
+    to_come = sum(worth)
+    # What was accepted at most on the way to each state, and which jobs, as bits.
+    reached: dict[State, tuple[int, int]] = {((),) * node.gpus: (0, 0)}
+    for number, (head, gain) in enumerate(zip(heads, worth, strict=True)):
+        progress(number / len(heads))
         now, end = float(jobs.submit[head]), float(jobs.submit[head] + jobs.duration[head])
         rows = jobs.profile[head : head + jobs.rest[head] + 1].tolist()
-        following: dict[State, int] = {}
-        for state, accepted in reached.items():
+        following: dict[State, tuple[int, int]] = {}
+        for state, (accepted, which) in reached.items():
             here = tuple(sorted(tuple(one for one in gpu if one[1] > now) for gpu in state))
             ways = {here}
             for profile in rows:
                 ways = {way for before in ways for way in placed(moves, before, profile, end)}
+            then = (accepted + gain, which | 1 << number) if ways else (accepted, which)
             for way in ways or {here}:
-                following[way] = max(following.get(way, 0), accepted + (gain if ways else 0))
+                following[way] = max(following.get(way, then), then)
         # Whoever could not catch up with the best by accepting all that is to come is out.
-        best = max(following.values())
-        reached = {state: accepted for state, accepted in following.items() if accepted + later >= best}
+        to_come -= gain
+        best, _ = max(following.values())
+        reached = {state: one for state, one in following.items() if one[0] + to_come >= best}
         if len(reached) > MOST_STATES:
-            raise ValueError(f"too long for the clairvoyant bound: more than {MOST_STATES} states after job {head + 1}")
-    return max(reached.values())
+            raise RequestError(
+                f"too long for the clairvoyant bound: more than {MOST_STATES} states at job {number + 1}"
+            )
+    _, which = max(reached.values())
+    starts = np.full(len(jobs.submit), np.nan)
+    for number, head in enumerate(heads):
+        if which >> number & 1:
+            starts[head : head + jobs.rest[head] + 1] = jobs.submit[head]
+    return starts
 
 
 def placed(moves: Transitions, state: State, profile: int, end: float) -> set[State]:

@@ -1,8 +1,9 @@
 """The runtime of the learned policy: reads a model file and decides with it. Plain Python: it runs in a job's Prolog.
 
-A file is a magic line, the length of a JSON manifest, the manifest, and little-endian arrays: the sets of placements a
-GPU can hold (as bits), the class of each, and the weights of the net that values the classes for a demand. A GPU model
-is known by its plain profiles' slices, starts and counts, so boards with equal placements share a file.
+A file is a magic line, a CRC of all that follows, the length of a JSON manifest, the manifest, and little-endian
+arrays: the sets of placements that a GPU can hold (as bits), the class of each, and the weights of the net that values
+the classes for a demand. A GPU model is known by its plain profiles' slices, starts and counts, so boards with equal
+placements share a file.
 """
 
 from __future__ import annotations
@@ -81,11 +82,10 @@ def pack(
         "shape": [len(layers[0][0][0]), *(len(biases) for _, biases in layers)],
         "prior": list(prior),
         **rule,
-        "crc": zlib.crc32(body),
         "made": made,
     }
     head = json.dumps(manifest, separators=(",", ":")).encode()
-    return MAGIC + struct.pack("<I", len(head)) + head + body
+    return MAGIC + struct.pack("<II", zlib.crc32(head + body), len(head)) + head + body
 
 
 def unpack(data: bytes, geometry: Geometry) -> Model:
@@ -93,12 +93,12 @@ def unpack(data: bytes, geometry: Geometry) -> Model:
     try:
         if not data.startswith(MAGIC):
             raise ModelError("is no model of this version")
-        (length,) = struct.unpack_from("<I", data, len(MAGIC))
-        start = len(MAGIC) + 4
+        crc, length = struct.unpack_from("<II", data, len(MAGIC))
+        start = len(MAGIC) + 8
+        if zlib.crc32(data[start:]) != crc:
+            raise ModelError("is damaged")
         manifest = json.loads(data[start : start + length])
         body = data[start + length :]
-        if zlib.crc32(body) != manifest["crc"]:
-            raise ModelError("is damaged")
         if manifest["board"] != signature(geometry):
             raise ModelError(f"is not for the placements of {geometry.model}")
         states, shape = manifest["states"], manifest["shape"]
@@ -296,11 +296,15 @@ def foresee(
 
 def layout(model: Model, of_class: Sequence[float], shares: Sequence[float], view: View, chosen: Candidate) -> Layout:
     """What the policy has in mind for the GPU: the free slices filled with the profiles that are expected, by memory
-    slices and the fewer of them stand there already, each where it costs least value."""
+    slices and the fewer of them are planned already, each where it costs least value. What is placed now is a request
+    that was seen too."""
     gpu = view.gpus[chosen.gpu]
     wanted = [*gpu.taken, chosen.placement]
     held = sum(number(model, gpu.geometry, p) for p in wanted)
     here = [0] * len(shares)
+    again = model.plain.index(plain_names(gpu.geometry)[chosen.placement.profile])
+    seen = PRIOR + sum(count for d in view.recent for _, count in d.request.items)
+    shares = [share + (p == again) / seen for p, share in enumerate(shares)]
     while True:
         open_to = [p for p, places in enumerate(model.of_profile) if any(free(model, held, k) for k in places)]
         if not open_to:

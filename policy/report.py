@@ -11,11 +11,12 @@ COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#b
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 900, 300, 64, 44, 14
 """Of a picture, and of the room beside its axes."""
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1e293b; max-width: 940px; margin: 2rem auto; padding: 0 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1e293b; max-width: 1040px; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin-bottom: 0 } h2 { font-size: 1.1rem; margin: 2rem 0 .3rem } p { margin: .3rem 0; }
 .note { color: #64748b; font-size: .88rem; overflow-wrap: anywhere }
-.wide { overflow-x: auto } table { border-collapse: collapse; margin-top: 1rem; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #e2e8f0; white-space: nowrap }
+.wide { overflow-x: auto; font-size: .88rem }
+table { border-collapse: collapse; margin-top: 1rem; font-variant-numeric: tabular-nums }
+th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #e2e8f0; white-space: nowrap }
 th:first-child, td:first-child { text-align: left } th { color: #64748b; font-weight: 600 }
 svg { width: 100%; height: auto; font: 12px system-ui, sans-serif } .key { font-size: .88rem; margin-right: 1.1rem }
 .key i { display: inline-block; width: .8em; height: .8em; margin-right: .35em; border-radius: 2px }
@@ -151,9 +152,8 @@ def nice(most: float) -> list[float]:
     return [i * step for i in range(count + 1)]
 
 
-def frame(most: float) -> tuple[str, float]:
-    """The vertical axis with its lines, and the length of one unit."""
-    ticks = nice(most)
+def frame(ticks: Sequence[float]) -> tuple[str, float]:
+    """The vertical axis with a line for each tick, and the length of one unit."""
     scale = (HEIGHT - TOP - BOTTOM) / ticks[-1]
     base = HEIGHT - BOTTOM
     lines = "".join(
@@ -171,7 +171,7 @@ def svg(inside: str) -> str:
 
 def bars(labels: Sequence[str], groups: Sequence[Sequence[float]], colours: Sequence[str]) -> str:
     """For each label a group of bars, one for each policy."""
-    lines, scale = frame(max(max(group) for group in groups))
+    lines, scale = frame(nice(max(max(group) for group in groups)))
     base, room = HEIGHT - BOTTOM, (WIDTH - LEFT) / len(groups)
     width = min(40.0, 0.8 * room / len(groups[0]))
     drawn = ""
@@ -189,7 +189,7 @@ def bars(labels: Sequence[str], groups: Sequence[Sequence[float]], colours: Sequ
 
 def curves(series: Sequence[Sequence[float]], until: float, most: float, colours: Sequence[str]) -> str:
     """A line for each policy over time, from 0 to `until`."""
-    lines, scale = frame(most)
+    lines, scale = frame([most * i / 4 for i in range(5)])
     base, room = HEIGHT - BOTTOM, WIDTH - LEFT - 20
     for tick in nice(until):
         if tick <= until:

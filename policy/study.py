@@ -23,7 +23,6 @@ MODES = {
     "loss": Node(1, lazy=True),
     "elastic": Node(1, depth=DEPTH, lazy=True, elastic=True),
 }
-CEILING = "free-migration"
 BLOCKS = 20
 """Into how many the jobs are cut for an interval: neighbours in time are no independent observations."""
 STUDENT = 2.093
@@ -32,6 +31,13 @@ POINTS = 240
 """Of the curve of busy slices."""
 STEPS = 100
 """How often a run says how far it is."""
+
+Bound = Callable[[Transitions, Node, Jobs, Callable[[float], None]], Floats]
+BOUNDS: dict[str, tuple[Bound, tuple[str, ...]]] = {
+    "free-migration": (bounds.free_migration, ("queue", "loss")),
+    "clairvoyant": (bounds.clairvoyant, ("loss",)),
+}
+"""What --policy takes besides the policies, with the modes that it is for."""
 
 Maker = Callable[[Transitions, Floats, float], Rule]
 """Makes a rule for a GPU model, the shares of the mix and the load."""
@@ -52,7 +58,7 @@ POLICIES: dict[str, Maker] = {
     "built-in": baseline("best-fit, least-blocking slot"),
     **{slug(name): baseline(name) for name in baselines.ALL},
 }
-"""What --policy takes, besides the ceiling. A learned policy is added here."""
+"""What --policy takes, besides the bounds. A learned policy is added here."""
 
 
 class Scenario(NamedTuple):
@@ -108,10 +114,7 @@ def simulate(wanted: Wanted, progress: Progress = lambda what, done: None) -> di
     policies = chosen(wanted.policy, wanted.mode)
     moves = transitions.load(board.model)
     pool = MODES[wanted.mode]._replace(gpus=wanted.gpus, reserve=wanted.reserve)
-    if wanted.trace:
-        scenario = recorded(moves, wanted, pool, progress)
-    else:
-        scenario = synthetic(moves, wanted, pool)
+    scenario = recorded(moves, wanted, pool, progress) if wanted.trace else synthetic(moves, wanted, pool)
     return numbers(scenario, [run(scenario, policy, progress) for policy in policies])
 
 
@@ -154,18 +157,18 @@ def chosen(names: str, mode: str) -> list[str]:
     """The policies of a list. Raises RequestError where one is not known."""
     wanted = list(dict.fromkeys(name.strip() for name in names.split(",")))
     for name in wanted:
-        if name not in POLICIES and name != CEILING:
-            raise RequestError(f"unknown policy {name!a}; known: {' '.join([*POLICIES, CEILING])}")
-    if CEILING in wanted and mode == "elastic":
-        raise RequestError(f"{CEILING} is for a fixed pool, not for --mode elastic")
+        if name not in POLICIES and name not in BOUNDS:
+            raise RequestError(f"unknown policy {name!a}; known: {' '.join([*POLICIES, *BOUNDS])}")
+        if name in BOUNDS and mode not in BOUNDS[name][1]:
+            raise RequestError(f"{name} is not for --mode {mode}")
     return wanted
 
 
 def run(scenario: Scenario, policy: str, progress: Progress) -> Result:
     """All jobs under one policy."""
     moves, jobs, pool = scenario.moves, scenario.jobs, scenario.node
-    if policy == CEILING:
-        starts = bounds.free_migration(moves, pool, jobs, lambda done: progress(policy, done))
+    if policy in BOUNDS:
+        starts = BOUNDS[policy][0](moves, pool, jobs, lambda done: progress(policy, done))
         return measured(scenario, policy, starts, None, None)
     t = simulator.tabulate(moves)
     rule = POLICIES[policy](moves, scenario.shares, scenario.load)
@@ -211,9 +214,9 @@ def busy(starts: Floats, ends: Floats, memory: Floats, until: float) -> Floats:
         at = np.searchsorted(times[order], edges)
         slices = np.concatenate([[0.0], np.cumsum(memory[order])])[at]
         moments = np.concatenate([[0.0], np.cumsum((memory * times)[order])])[at]
-        return slices * edges - moments
+        return np.asarray(slices * edges - moments)
 
-    return np.diff(before(starts) - before(ends)) / np.diff(edges)
+    return np.asarray(np.diff(before(starts) - before(ends)) / np.diff(edges))
 
 
 def against(s: Scenario, result: Result, first: Result) -> tuple[float, float]:
@@ -233,7 +236,7 @@ def against(s: Scenario, result: Result, first: Result) -> tuple[float, float]:
 def weights(s: Scenario) -> Floats:
     """The memory slices of each counted job, all its instances together."""
     heads = np.flatnonzero(first_rows(s.jobs))
-    return np.add.reduceat(workload.sizes(s.moves)[s.jobs.profile], heads)[s.warm :]
+    return np.asarray(np.add.reduceat(workload.sizes(s.moves)[s.jobs.profile], heads)[s.warm :])
 
 
 def numbers(s: Scenario, results: list[Result]) -> dict[str, Any]:

@@ -127,8 +127,14 @@ def read(
         raise RequestError(f"{path}: no job to replay ({why or 'the file ends after its first line'})")
     submit = np.array(submits)
     order = np.argsort(submit, kind="stable")  # sacct sorts by job id: a requeued job comes too early
-    columns_of = (submit - submit.min(), np.array(numbers, np.int64), np.array(durations), np.array(limits))
-    return Trace(Jobs(*(column[order] for column in (*columns_of, np.array(rests, np.int64)))), dict(left_out))
+    jobs = Jobs(
+        (submit - submit.min())[order],
+        np.array(numbers, np.int64)[order],
+        np.array(durations)[order],
+        np.array(limits)[order],
+        np.array(rests, np.int64)[order],
+    )
+    return Trace(jobs, dict(left_out))
 
 
 def decoded(file: BinaryIO) -> TextIO:
@@ -144,8 +150,8 @@ def decoded(file: BinaryIO) -> TextIO:
 def rows(text: TextIO, separator: str) -> Iterator[tuple[int, list[str]]]:
     """The lines after the first, with their numbers; empty ones are passed over."""
     # sacct quotes nothing: a job's name may well have a lone quote in it.
-    quoting = csv.QUOTE_NONE if separator == "|" else csv.QUOTE_MINIMAL
-    reader = csv.reader(text, delimiter=separator, quoting=quoting)
+    plain = separator == "|"
+    reader = csv.reader(text, delimiter=separator, quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL)
     while True:
         try:
             for line in reader:

@@ -142,8 +142,11 @@ def look(b: Board, anchor: Anchor, nodes: Array) -> Look:
     regret = np.where(legal, np.where(legal, best, 0.0) - np.where(legal, worth, 0.0), 0.0)
     old = np.broadcast_to(nodes[:, :, None, None], new.shape)
     flat = (len(nodes), new.shape[2], -1)
-    old, new, legal, regret = (np.moveaxis(a, 2, 1).reshape(flat) for a in (old, new, legal, regret))
-    return Look(old, new, legal, regret)
+
+    def by_choice(a: Array) -> Array:
+        return np.moveaxis(a, 2, 1).reshape(flat)
+
+    return Look(by_choice(old), by_choice(new), by_choice(legal), by_choice(regret))
 
 
 def go_on(b: Board, anchor: Anchor, nodes: Array, value: Floats, rng: np.random.Generator) -> None:

@@ -80,11 +80,11 @@ def with_slurm(root: Path) -> list[Outcome]:
         jobs: dict[int, tuple[str, str, float]] = {}
         for user, request, seconds, more in JOBS:
             owner = slurm.users[user]
-            options = [*([f"--gres={request}"] if request else []), "--time=5", "--output=%A_%a_%j.out", *more]
+            options = [*([f"--gres={request}"] if request else []), "--time=5", *more]
             script = records.script(f"sleep {seconds}")
-            job = slurm.sbatch(script, *options, user=owner)
+            job = slurm.sbatch(script, *options, "--output=%A_%a_%j.out", user=owner)
             jobs[job] = owner.name, request or "no MIG", time.time()
-            print(f"{owner.name:>8}$ sbatch {' '.join(options[:-1])}   -> job {job}")
+            print(f"{owner.name:>8}$ sbatch {' '.join(options)}   -> job {job}")
         print()
         slurm.wait(lambda: follow() or not slurm.queue(), SECONDS_IN_ALL, "every job is over")
         follow()

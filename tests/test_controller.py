@@ -9,11 +9,13 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, Node, open_gpus, overlaps, run
@@ -141,6 +143,49 @@ def test_a_late_acquire_of_a_run_whose_successor_was_refused_gets_nothing(node: 
         node.acquire(1, "3g", restart=0)
     node.acquire(1, "3g", restart=1)
     node.check()
+
+
+def test_a_job_id_that_comes_again_is_another_job(node: Node) -> None:
+    """slurmctld has lost its state and counts from 1 again: who was submitted after the release is no late Prolog."""
+    node.acquire(1, "3g")
+    node.release(1)
+    now = int(time.time())
+    for submit in (None, 1, now, now + local.SKEW_SECONDS - 5):
+        with pytest.raises(ClosedRunError):
+            node.controller().acquire(run(1), 0, "3g", submit)
+    assert node.controller().acquire(run(1), 0, "3g", now + local.SKEW_SECONDS + 5)
+    node.check()
+    node.release(1)
+    with pytest.raises(ClosedRunError):
+        node.acquire(1, "3g")
+
+
+@pytest.mark.parametrize("saves", [0, 1])
+def test_a_release_that_failed_is_done_by_whoever_comes_next(
+    node: Node, monkeypatch: pytest.MonkeyPatch, saves: int
+) -> None:
+    """A disk that was full for a moment: nobody calls the Epilog again."""
+    node.configure(gpus=[0])
+    node.acquire(1, "3g")
+    node.acquire(2, "3g")
+    left = [saves]
+    real = Store.save
+
+    def full(self: Store, state: State) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise NodeError("cannot write: No space left on device")
+        real(self, state)
+
+    monkeypatch.setattr(Store, "save", full)
+    with pytest.raises(NodeError, match="No space"):
+        node.release(1)
+    monkeypatch.undo()
+    node.acquire(3, "3g")
+    assert sorted(a.run.job for a in node.state().allocations) == [2, 3]
+    node.release(2)
+    node.release(3)
+    node.check_empties()
 
 
 def test_tombstones_are_limited(node: Node) -> None:
@@ -562,6 +607,7 @@ def test_a_gpu_is_taken_away_while_it_is_mended(node: Node, monkeypatch: pytest.
         assert slow.acquire(run(4), 0, "1g")[0].gpu == one.gpu
     assert done
     monkeypatch.undo()
+    node.acquire(5, "1g")  # that one had read the old configuration; the next has the new one
     node.check()
 
 
@@ -750,9 +796,9 @@ CALLS = st.lists(
 @settings(max_examples=60)
 @given(calls=CALLS, gpus=st.integers(1, 2))
 def test_acquire_succeeds_exactly_when_the_free_and_idle_slices_suffice(
-    tmp_path_factory: pytest.TempPathFactory, calls: list[int | list[str]], gpus: int
+    fast_dir: Path, calls: list[int | list[str]], gpus: int
 ) -> None:
-    node = Node(tmp_path_factory.mktemp("node"), gpus=list(range(gpus)))
+    node = Node(Path(tempfile.mkdtemp(dir=fast_dir)) / "node", gpus=list(range(gpus)))
     known = geometry.load("A100-80GB")
     running: dict[int, list[local.Granted]] = {}
     for job, call in enumerate(calls):
@@ -967,7 +1013,7 @@ def test_nothing_heavy_is_imported(node: Node) -> None:
     shown = subprocess.run(
         [sys.executable, "-c", program], env=node.environment(), capture_output=True, text=True, check=True
     )
-    assert not {"torch", "numpy", "pyslurm", "slurm", "policy"} & set(shown.stdout.split())
+    assert not {"torch", "numpy", "numba", "pyslurm", "slurm"} & set(shown.stdout.split())
 
 
 def test_the_loop_knows_nothing_of_the_node(node: Node) -> None:

@@ -18,11 +18,11 @@ HOOKS = ["slurm.hook", "controller"]
 
 THIRD_PARTY = {
     "rms": {"filelock", "pynvml"},
-    "policy": {"torch", "numpy", "numba"},
+    "policy": {"torch", "numpy", "numba", "gymnasium"},
     "slurm": {"pyslurm"},
     "controller": set[str](),
 }
-HEAVY = {"torch", "numpy", "numba", "pyslurm"}
+HEAVY = {"torch", "numpy", "numba", "gymnasium", "pyslurm"}
 
 
 class Import(NamedTuple):

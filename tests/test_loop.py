@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+import controller
 from rms import loop, planner
 from rms.errors import NoRoomError, RequestError
 from rms.geometry import Placement, load
@@ -78,10 +79,9 @@ def test_release_prints_nothing_and_gives_the_instance_back() -> None:
 
 
 def test_one_instance_a_user() -> None:
-    assert ask("acquire a 3g", "acquire a 1g", "release a", "acquire a 1g")[1:] == [
-        "error: a has an instance already; release it first",
-        "0 19",
-    ]
+    answers = ask("acquire a 3g", "acquire a 1g", "release a", "acquire a 1g")
+    assert answers[1] == "error: a has an instance already; release it first"
+    assert answers[2].startswith("0 ")
 
 
 def test_gpus_are_provisioned_one_by_one_up_to_the_limit() -> None:
@@ -464,7 +464,7 @@ def test_a_policy_that_fails_costs_nobody_an_instance(policy: Choose) -> None:
 @pytest.mark.parametrize("limit", [None, 8])
 def test_the_process_answers_what_the_model_was_held_against(limit: int | None) -> None:
     """The same stream through the process: its answers are the pool's, line by line."""
-    pool = loop.Pool(planner.built_in, limit)
+    pool = loop.Pool(controller.choose, limit)
     lines = [
         f"release {user}" if spec is None else f"acquire {user} {spec}"
         for user, spec in stream(random.Random(8), 4000, 80)

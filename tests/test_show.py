@@ -398,7 +398,7 @@ def test_show(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(site, state(gpu(1, instance(1, "7g.80gb@0:8", "idle"))))
     assert rms(capsys, "show") == (
         """\
-n1: 1 GPU, 0 jobs; policy: built-in
+n1: 1 GPU, 0 jobs; policy: learned
 
  0        1        2        3        4        5        6        7
 GPU 0  A100-80GB  GPU-00000001
@@ -415,7 +415,7 @@ def test_show_json(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = json.loads(out)
     assert err == "" and printed["schema"] == 1 and printed["node"] == "n1"
     assert printed["gpus"] == found(BUSY)["gpus"]
-    assert printed["policy"]["source"] == "built-in" and printed["policy"]["model"] is None
+    assert printed["policy"]["source"] == "learned" and len(printed["policy"]["model"]) == 8
     assert abs(printed["time"] - time.time()) < 60
 
 
@@ -428,7 +428,7 @@ def test_another_node_another_file(site: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_no_state_yet(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert rms(capsys, "show")[0].startswith("n1: policy: built-in\n! no MIG job has run here yet: there is no ")
+    assert rms(capsys, "show")[0].startswith("n1: policy: learned\n! no MIG job has run here yet: there is no ")
     printed = json.loads(rms(capsys, "show", "--json")[0])
     assert (printed["state"]["status"], printed["gpus"]) == ("missing", [])
     (site / "n1").rmdir()
@@ -440,7 +440,7 @@ def test_state_from_before_this_boot(site: Path, capsys: pytest.CaptureFixture[s
     (site / "boot_id").write_text("another\n")
     assert rms(capsys, "show") == (
         """\
-n1: policy: built-in
+n1: policy: learned
 ! the state is from before this boot, which ended all instances; the next MIG
   job begins a new one
 """,

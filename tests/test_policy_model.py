@@ -1,0 +1,302 @@
+"""The shipped model: the runtime against torch and the simulator, bad files and odd nodes; training."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+
+import conftest
+import numpy as np
+import pytest
+import torch
+from test_policy_simulator import history, loaded
+
+import controller
+from policy import evaluate, model, seeds, simulator, train, transitions, workload
+from policy.model import Model
+from policy.simulator import Node, simulate
+from rms import geometry, inventory, planner
+from rms.geometry import Geometry, Placement
+from rms.planner import Asked, Busy, Choice, Demand, GpuView, View
+from rms.request import Request
+
+A100 = transitions.load("A100-80GB")
+BOARD = A100.geometry
+TABLES = simulator.tables("A100-80GB")
+SHIPPED = model.load(BOARD)
+NOW = 1_700_000_000.0
+SEED = seeds.CHECKS[77]
+
+
+def net(of: Model) -> train.Net:
+    """The torch model of a file's weights, in double precision as Python's numbers are."""
+    shape = of.manifest["shape"]
+    made = train.Net(shape[0], shape[1], shape[2], shape[3]).double()
+    for layer, (rows, biases) in zip(made.layers, of.layers, strict=True):
+        layer.weight.data = torch.tensor([list(row) for row in rows], dtype=torch.float64)
+        layer.bias.data = torch.tensor(list(biases), dtype=torch.float64)
+    return made
+
+
+def torch_value(shares: np.ndarray) -> np.ndarray:
+    """The value of each state, by torch."""
+    with torch.no_grad():
+        value = net(SHIPPED)(torch.tensor(shares, dtype=torch.float64)).numpy()
+    return np.asarray(value[np.array(A100.classes)])
+
+
+def seen_as(shares: np.ndarray) -> tuple[tuple[Demand, ...], np.ndarray]:
+    """Requests about as these shares, without limits, and the estimate that follows."""
+    counts = np.round(60 * shares).astype(int)
+    recent = [Demand(NOW, Request(((name, int(n)),)), None) for name, n in zip(A100.profiles, counts, strict=True) if n]
+    return tuple(recent), evaluate.estimated(SHIPPED, counts)
+
+
+def demands(count: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(SEED)
+    return [rng.dirichlet(np.ones(6)) for _ in range(count)]
+
+
+def view(states: list[int], ends: dict[tuple[int, int], float | None], recent: tuple[Demand, ...]) -> View:
+    """A node whose GPUs hold these states; a placement without an entry in `ends` has no known end."""
+    gpus = [
+        GpuView(
+            str(g), BOARD, tuple(Busy(p, NOW - 60, ends.get((g, A100.placements.index(p)))) for p in A100.states[s])
+        )
+        for g, s in enumerate(states)
+    ]
+    return View(tuple(gpus), recent, None, NOW)
+
+
+def decided(view: View, profile: str, end: float | None) -> Choice | None:
+    offered = planner.candidates(view, profile)
+    return model.choose(view, Asked(profile, end), offered) if offered else None
+
+
+# The same as torch and the simulator.
+
+
+def test_every_state_and_profile_of_one_gpu() -> None:
+    for shares in demands(50):
+        recent, estimate = seen_as(shares)
+        value = torch_value(estimate)
+        best = simulator.by_value(TABLES, value).best
+        of_class = model.values(SHIPPED, estimate.tolist())
+        assert np.allclose([of_class[c] for c in A100.classes], value, atol=1e-12)
+        for s in range(len(A100.states)):
+            seen = view([s], {}, recent)
+            for p, name in enumerate(A100.profiles):
+                offered = planner.candidates(seen, name)
+                if offered:
+                    scores = model.score(SHIPPED, of_class, seen, Asked(name, None), offered, 0.0, None)
+                    first = offered[max(range(len(offered)), key=lambda i: scores[i])]  # the first of the highest
+                    assert A100.placements.index(first.placement) == best[s, p]
+
+
+def test_random_pools_with_random_remaining_times() -> None:
+    chance = random.Random(SEED)
+    rules = [(seen_as(s)[0], torch_value(seen_as(s)[1])) for s in demands(50)]
+    no_jobs = np.zeros(0, dtype=np.int64)
+    for _ in range(10_000):
+        recent, value = chance.choice(rules)
+        recent = (*recent, *[Demand(NOW, Request((("1g.10gb", 0),)), t) for t in (1000.0, 3000.0)])  # only their limits
+        states = [chance.randrange(len(A100.states)) for _ in range(chance.randint(1, 8))]
+        node = Node(len(states))
+        w = simulator.world(TABLES, node, 0)
+        w.state[:] = states
+        w.room[:] = TABLES.fits[states].sum(axis=0)
+        ends: dict[tuple[int, int], float | None] = {}
+        for g, s in enumerate(states):
+            for k, before in enumerate(A100.before[s]):
+                if before >= 0 and chance.random() < 0.8:
+                    left = chance.choice([chance.uniform(-500, 9000), chance.expovariate(1 / 2000)])
+                    ends[g, k] = NOW + left
+                    w.ends[g, k] = NOW + left
+        end = NOW + chance.expovariate(1 / 2000) if chance.random() < 0.8 else None
+        profile = chance.randrange(6)
+        rule = simulator.by_value(TABLES, value, SHIPPED.foresight / 2000.0, SHIPPED.reuse)
+        where = simulator.decide(TABLES, node, rule, w, profile, np.inf if end is None else end, NOW, no_jobs)
+        choice = decided(view(states, ends, recent), A100.profiles[profile], end)
+        found = -1
+        if choice is not None:
+            found = choice.candidate.gpu * len(A100.placements) + A100.placements.index(choice.candidate.placement)
+        assert found == where
+
+
+def test_the_controller_decides_as_the_simulator(fast_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,500 jobs through both with the shipped model, its demand estimate held at the prior."""
+    node = Node(4, lazy=True)
+    jobs = loaded(node, 1500, 0.9)
+    rule = evaluate.learned(A100, np.array(SHIPPED.prior))
+    w = simulate(TABLES, node, rule, jobs)
+    monkeypatch.setattr(inventory, "CLOSED", 10)
+    monkeypatch.setattr(model, "estimate", lambda of, view, geometry: list(of.prior))
+    local = conftest.Node(fast_dir / "node", gpus=list(range(4)), sim_gpus=4).controller(controller.choose)
+    monkeypatch.setattr(local.audit, "write", lambda event, **fields: None)
+    for _, what, j in sorted(history(w, jobs)):
+        local._deadline = time.monotonic() + 20
+        if what == 0:
+            local.release(conftest.run(j + 1))
+        else:
+            granted = local.acquire(conftest.run(j + 1), 1000, A100.profiles[jobs.profile[j]], 1, None)
+            assert [(g.number, g.placement) for g in granted] == [(w.gpu[j], A100.placements[w.placement[j]])], j
+
+
+# What it sees.
+
+
+def test_a_node_remembers_as_much_as_was_trained_for() -> None:
+    assert inventory.RECENT == evaluate.REMEMBERED
+
+
+def test_the_estimate_begins_at_the_prior_and_goes_by_what_was_seen() -> None:
+    empty = view([0], {}, ())
+    assert model.estimate(SHIPPED, empty, BOARD) == pytest.approx(SHIPPED.prior)
+    whole = Demand(NOW, Request((("7g.80gb", 1),)), None)
+    media = Demand(NOW, Request((("1g.10gb+me", 2),)), None)
+    seen = empty._replace(recent=(whole,) * 30, pending=(media,))
+    shares = model.estimate(SHIPPED, seen, BOARD)
+    assert shares[5] == pytest.approx((30 + model.PRIOR / 6) / (32 + model.PRIOR))
+    assert shares[0] == pytest.approx((2 + model.PRIOR / 6) / (32 + model.PRIOR))
+    assert sum(shares) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("limits", [[None] * 40, [86400.0] * 40, [86400.0] * 30 + [600.0] * 10])
+def test_limits_that_say_nothing_change_nothing(limits: list[float | None]) -> None:
+    """None, or the partition's default for most: as without times, though running jobs show ends."""
+    chance = random.Random(SEED)
+    recent = tuple(Demand(NOW, Request((("2g.20gb", 1),)), limit) for limit in limits)
+    blind = tuple(d._replace(limit=None) for d in recent)
+    for _ in range(200):
+        states = [chance.randrange(len(A100.states)) for _ in range(4)]
+        seen = view(states, {}, recent)
+        gpus = []
+        for gpu in seen.gpus:
+            ages = [chance.uniform(0, 80000) for _ in gpu.busy]
+            # Where nobody gives a limit a running job has none either.
+            busy = [
+                Busy(b.placement, NOW - a, NOW - a + 86400.0 if limits[0] else None)
+                for b, a in zip(gpu.busy, ages, strict=True)
+            ]
+            gpus.append(gpu._replace(busy=tuple(busy)))
+        seen = seen._replace(gpus=tuple(gpus))
+        without = view(states, {}, blind)
+        for profile in A100.profiles:
+            with_times = decided(seen, profile, NOW + 86400.0 if limits[0] else None)
+            assert (with_times and with_times.candidate) == ((c := decided(without, profile, None)) and c.candidate)
+
+
+def test_a_profile_with_an_attribute_is_placed_as_the_plain_one() -> None:
+    states = [5, 40, 100]
+    plain, media = (decided(view(states, {}, ()), name, None) for name in ("1g.10gb", "1g.10gb+me"))
+    assert plain and media and plain.scores == media.scores
+    assert plain.candidate.placement[1:] == media.candidate.placement[1:]
+    held = GpuView("x", BOARD, (Busy(Placement("1g.10gb+me", 3, 1), NOW, None),), blocked=(Placement("2g.20gb", 4, 2),))
+    assert decided(View((held,), (), None, NOW), "3g.40gb", None) is not None
+
+
+def test_what_it_has_in_mind_is_a_layout_with_the_new_instance() -> None:
+    for s in range(0, len(A100.states), 7):
+        for name in A100.profiles:
+            choice = decided(view([s], {}, ()), name, None)
+            if choice:
+                assert set(A100.states[s]) | {choice.candidate.placement} <= set(choice.wanted)
+                assert choice.source == "learned" and choice.model == SHIPPED.name
+                assert not any(BOARD.legal(p, choice.wanted) for p in A100.profiles)
+    first = decided(view([0], {}, ()), "3g.40gb", None)
+    assert first and BOARD.config_id(first.wanted) == 5, "the first project's example"
+
+
+# When there is nothing to decide with.
+
+
+def stands_in(folder: Path, board: Geometry = BOARD) -> str:
+    """The reason that is given for the built-in rule."""
+    seen = View((GpuView("0", board), GpuView("1", board)), (), None, NOW)
+    asked = Asked(board.profiles[0].name, None)
+    offered = planner.candidates(seen, asked.profile)
+    model.load.cache_clear()
+    try:
+        choice = model.choose(seen, asked, offered, str(folder))
+    finally:
+        model.load.cache_clear()
+    assert choice._replace(reason="") == planner.built_in(seen, asked, offered)._replace(reason="")
+    return choice.reason
+
+
+def test_without_a_file_the_built_in_rule_stands_in(tmp_path: Path) -> None:
+    assert "no model for A100-80GB" in stands_in(tmp_path)
+    assert "no model for A30" in stands_in(Path(model.WEIGHTS), geometry.load("A30"))
+
+
+def test_a_damaged_file_is_never_used(tmp_path: Path) -> None:
+    whole = (Path(model.WEIGHTS) / "slots8.model").read_bytes()
+    chance = random.Random(SEED)
+    path = tmp_path / "slots8.model"
+    cut = [whole[: chance.randrange(len(whole))] for _ in range(20)]
+    turned = []
+    for _ in range(60):
+        at = chance.randrange(len(whole))
+        turned.append(whole[:at] + bytes([whole[at] ^ 1 << chance.randrange(8)]) + whole[at + 1 :])
+    for data in (b"", b"\0" * 100, whole + b"x", *cut, *turned):
+        path.write_bytes(data)
+        assert str(path) in stands_in(tmp_path)
+
+
+def test_a_model_for_other_placements_is_not_used(tmp_path: Path) -> None:
+    whole = (Path(model.WEIGHTS) / "slots8.model").read_bytes()
+    (tmp_path / "slots4.model").write_bytes(whole)
+    assert "is not for the placements of A30" in stands_in(tmp_path, geometry.load("A30"))
+    for name in ("A100-40GB", "H100-80GB", "H200"):
+        assert model.load(geometry.load(name)).name == SHIPPED.name
+
+
+def test_it_is_light() -> None:
+    """Under 2 ms to read, under 1 ms a decision at 8 GPUs, all remaining times different. Seen: 0.3 and 0.4."""
+    chance = random.Random(SEED)
+    states = [chance.randrange(400) for _ in range(8)]
+    ends = {(g, k): NOW + chance.uniform(1, 9999) for g in range(8) for k in range(18)}
+    recent = tuple(Demand(NOW - i, Request((("2g.20gb", 1),)), 3000.0 + i) for i in range(64))
+    seen = view(states, dict(ends), recent)
+
+    def least(call: object) -> float:
+        times = []
+        for _ in range(30):
+            began = time.perf_counter()
+            call()  # type: ignore[operator]
+            times.append(time.perf_counter() - began)
+        return sorted(times)[5]
+
+    def read() -> None:
+        model.load.cache_clear()
+        model.load(BOARD)
+
+    assert least(read) < 2e-3
+    assert least(lambda: decided(seen, "1g.10gb", NOW + 500)) < 1e-3
+
+
+# Training.
+
+
+def test_training_learns_and_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
+    config = {
+        "model": "A30",
+        "anchors": {"mixes": {"2": 6}, "loads": [0.6, 1.0]},
+        "net": {"hidden": 8, "rank": 4},
+        "training": {"steps": 150, "chains": 64, "batch": 6, "temperature": [0.05, 0.02], "rate": 0.01},
+        "rule": {"foresight": 0.5, "reuse": 0.0},
+    }
+    moves = transitions.load("A30")
+    train.train({**config, "training": {**config["training"], "steps": 2}}, 0, tmp_path)
+    made = train.train(config, 0, tmp_path)
+    curve = (tmp_path / "curve.json").read_text()
+    assert '"step": 2,' in curve and '"step": 150,' in curve
+    shares = workload.mix("uniform", moves).tolist()
+    rule = config["rule"]
+    assert isinstance(rule, dict)
+    data = model.pack(moves, made.numbers(), shares, rule, {})
+    read = model.unpack(data, moves.geometry)
+    with torch.no_grad():
+        values = made(torch.tensor(shares)).tolist()
+    assert model.values(read, shares) == pytest.approx(values, abs=1e-5)
