@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SLURM_PACKAGES := slurm-wlm slurm-wlm-basic-plugins slurm-client munge
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench bench-policy clean
 
 demo: $(VENV)/installed | slurm
 	$(BIN)/python tests/demo.py
@@ -19,6 +19,9 @@ check: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/hooks.py --write
+
+bench-policy: $(VENV)/installed
+	$(BIN)/python benchmarks/policy_targets.py --write $(QUICK)
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "rms: needs Python 3.11 or newer: make PYTHON=python3.11"; exit 1; }

@@ -38,6 +38,7 @@ DESTROY_SECONDS = 2.0
 SKEW_SECONDS = 300
 """How far the clocks of node and slurmctld may be apart: munge takes no more either."""
 HELD_BY = "held by process"
+"""How a note begins where the holders are known."""
 TRIES = 2
 """How often one call tries the hardware of a GPU that fails before it leaves that GPU out."""
 
@@ -107,7 +108,7 @@ class Controller:
     def inspect(self) -> State:
         """The inventory as it stands. Raises NodeError, also where it must be recovered first."""
         try:
-            with self._store.open("show") as state:
+            with self._store.open("inspect") as state:
                 return state
         except Damaged as damaged:
             raise NodeError(f"{damaged}: the next job's Prolog will recover it") from None

@@ -64,8 +64,8 @@ def free_migration(
 ) -> Floats:
     """When each row starts (nan: lost) on a fixed pool where what runs is repacked whenever that makes room.
 
-    Loss mode or greedy backfill, as the policies; a reservation would keep nothing free that repacking can't. Not a
-    bound in the strict sense, since a request that repacking let in can cost others: in practice nothing came near it.
+    Loss mode or greedy backfill as the policies have it, without a reservation. Not a bound in the strict sense, since
+    a request that repacking let in can cost others: in practice nothing came near it.
     """
     packing = Packing(moves)
     heads, asked = requests(jobs, len(moves.profiles))

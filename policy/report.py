@@ -11,12 +11,12 @@ COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#b
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 900, 300, 64, 44, 14
 """Of a picture, and of the room beside its axes."""
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1e293b; max-width: 1040px; margin: 2rem auto; padding: 0 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1e293b; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin-bottom: 0 } h2 { font-size: 1.1rem; margin: 2rem 0 .3rem } p { margin: .3rem 0; }
 .note { color: #64748b; font-size: .88rem; overflow-wrap: anywhere }
-.wide { overflow-x: auto; font-size: .88rem }
+.wide { overflow-x: auto; font-size: .84rem }
 table { border-collapse: collapse; margin-top: 1rem; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #e2e8f0; white-space: nowrap }
+th, td { padding: .3rem .55rem; text-align: right; border-bottom: 1px solid #e2e8f0; white-space: nowrap }
 th:first-child, td:first-child { text-align: left } th { color: #64748b; font-weight: 600 }
 svg { width: 100%; height: auto; font: 12px system-ui, sans-serif } .key { font-size: .88rem; margin-right: 1.1rem }
 .key i { display: inline-block; width: .8em; height: .8em; margin-right: .35em; border-radius: 2px }
@@ -25,23 +25,28 @@ svg { width: 100%; height: auto; font: 12px system-ui, sans-serif } .key { font-
 
 def table(found: dict[str, Any]) -> list[list[str]]:
     """The numbers as rows of text, the first one the titles."""
-    loss = found["mode"] == "loss"
+    loss, elastic = found["mode"] == "loss", found["mode"] == "elastic"
     policies = found["policies"]
-    # A profile's own column is what tells policies apart, so it is in the table, too.
-    profiles = list(dict.fromkeys(name for row in policies for name in row["profiles"]))
     measures = ["accepted %"] if loss else ["mean wait", "p95 wait"]
-    needed = ["GPUs needed", "at most"] if found["mode"] == "elastic" else []
+    needed = ["GPUs needed", "at most"] if elastic else []
     first = policies[0]["policy"]
     against = [f"points to {first}" if loss else f"% to {first}"] if len(policies) > 1 else []
-    rows = [["policy", *measures, *against, "creates/job", *needed, *profiles]]
+    # In an elastic pool hardly anybody waits: no column for each profile there.
+    profiles = [] if elastic else named(found)
+    rows = [["policy", *needed, *measures, *against, "creates/job", *profiles]]
     for row in policies:
         key = "accepted" if loss else "wait_mean"
         values = [length(row[key], loss)] if loss else [length(row["wait_mean"]), length(row["wait_p95"])]
-        needs = [number(row["gpus_needed"]), number(row["gpus_most"])] if needed else []
+        needs = [number(row["gpus_needed"]), number(row["gpus_most"])] if elastic else []
         difference = [gain(row)] if against else []
         own = [length(row["profiles"][name][key], loss) for name in profiles]
-        rows.append([row["policy"], *values, *difference, number(row["creates_per_job"]), *needs, *own])
+        rows.append([row["policy"], *needs, *values, *difference, number(row["creates_per_job"]), *own])
     return rows
+
+
+def named(found: dict[str, Any]) -> list[str]:
+    """The profiles that were asked for."""
+    return list(found["policies"][0]["profiles"])
 
 
 def number(value: float | int | None) -> str:
@@ -83,9 +88,11 @@ def notes(found: dict[str, Any]) -> list[str]:
     lines = []
     if found["mode"] == "loss":
         lines.append("accepted: memory slices, in percent of the offered; a request that does not fit is lost")
+    elif found["mode"] == "elastic":
+        lines.append(f"GPUs with an instance in use, mean and most; waits in {found['time']}; %: of the mean of GPUs")
     else:
         lines.append(f"waits in {found['time']}; under each profile its mean")
-    if len(found["policies"]) > 1:
+    if any(row["interval"] for row in found["policies"]):
         lines.append("±: half the 95 % interval, over 20 blocks of successive jobs")
     if found["left_out"]:
         lines.append("left out: " + "; ".join(f"{count:,} {reason}" for reason, count in found["left_out"].items()))
@@ -94,40 +101,19 @@ def notes(found: dict[str, Any]) -> list[str]:
 
 def page(found: dict[str, Any]) -> str:
     """The whole report as one HTML page."""
-    policies = found["policies"]
-    names = [row["policy"] for row in policies]
-    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
-    key = "".join(f'<span class="key"><i style="background:{colours[n]}"></i>{escape(n)}</span>' for n in names)
-    loss = found["mode"] == "loss"
-    unit = "percent of memory slices" if loss else found["time"]
-    measure = "accepted" if loss else "wait_mean"
-    profiles = list(dict.fromkeys(name for row in policies for name in row["profiles"]))
-    by_profile = [[row["profiles"][name][measure] for row in policies] for name in profiles]
-    whole = (
-        [[row["accepted"] for row in policies]]
-        if loss
-        else [
-            [row["wait_mean"] for row in policies],
-            [row["wait_p95"] for row in policies],
-        ]
+    names = [row["policy"] for row in found["policies"]]
+    colours = [COLOURS[i % len(COLOURS)] for i in range(len(names))]
+    key = "".join(
+        f'<span class="key"><i style="background:{colour}"></i>{escape(name)}</span>'
+        for name, colour in zip(names, colours, strict=True)
     )
     head, *body = table(found)
     cells = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in body)
-    series = [row["busy_slices"] for row in policies]
-    stretch = found["span"] / 3600 if found["time"] == "seconds" else found["span"]
-    along = "hours" if found["time"] == "seconds" else "mean durations"
+    elastic = found["mode"] == "elastic"
     pictures = [
-        ("Policies compared", unit, bars(["accepted"] if loss else ["mean", "p95"], whole, list(colours.values()))),
-        (
-            "Acceptance per profile" if loss else "Mean wait per profile",
-            unit,
-            bars(profiles, by_profile, list(colours.values())),
-        ),
-        (
-            "Busy memory slices over time",
-            f"of {found['slices']}; {along} since the first job",
-            curves(series, stretch, found["slices"], list(colours.values())),
-        ),
+        compared(found, colours),
+        over_time(found, "busy_gpus", colours) if elastic else apart(found, colours),
+        over_time(found, "busy_slices", colours),
     ]
     figures = "".join(
         f'<h2>{escape(title)}</h2><p class="note">{escape(note)}</p>{picture}' for title, note, picture in pictures
@@ -140,6 +126,45 @@ def page(found: dict[str, Any]) -> str:
         f'<div class="wide"><table><tr>{"".join(f"<th>{escape(cell)}</th>" for cell in head)}</tr>{cells}</table></div>'
         f"<p style='margin-top:1.5rem'>{key}</p>{figures}</body></html>\n"
     )
+
+
+Picture = tuple[str, str, str]
+"""Its title, what its numbers are, and its SVG."""
+
+
+def compared(found: dict[str, Any], colours: Sequence[str]) -> Picture:
+    """The policies as a whole, by what the mode is about."""
+    rows = found["policies"]
+    kinds, unit = {
+        "queue": ({"mean wait": "wait_mean", "p95 wait": "wait_p95"}, found["time"]),
+        "loss": ({"accepted": "accepted"}, "percent of memory slices"),
+        "elastic": ({"GPUs needed, mean": "gpus_needed", "at most": "gpus_most"}, "GPUs with an instance in use"),
+    }[found["mode"]]
+    return "Policies compared", unit, bars(list(kinds), [[row[key] for row in rows] for key in kinds.values()], colours)
+
+
+def apart(found: dict[str, Any], colours: Sequence[str]) -> Picture:
+    """What each profile gets."""
+    key = "accepted" if found["mode"] == "loss" else "wait_mean"
+    groups = [[row["profiles"][name][key] for row in found["policies"]] for name in named(found)]
+    if found["mode"] == "loss":
+        return "Acceptance per profile", "percent", bars(named(found), groups, colours)
+    return "Mean wait per profile", found["time"], bars(named(found), groups, colours)
+
+
+def over_time(found: dict[str, Any], what: str, colours: Sequence[str]) -> Picture:
+    """The slices that jobs hold, or the GPUs that have any."""
+    series = [row[what] for row in found["policies"]]
+    seconds = found["time"] == "seconds"
+    until = found["span"] / 3600 if seconds else found["span"]
+    # A fixed pool is seen against what it has; an elastic one's most is only a limit.
+    elastic = found["mode"] == "elastic"
+    ticks = nice(max(map(max, series))) if elastic else [found["slices"] * i / 4 for i in range(5)]
+    since = f"{'hours' if seconds else 'mean durations'} since the first job"
+    title, note = (
+        ("GPUs in use", since) if what == "busy_gpus" else ("Busy memory slices", f"of {found['slices']}; {since}")
+    )
+    return f"{title} over time", note, curves(series, until, ticks, colours)
 
 
 def nice(most: float) -> list[float]:
@@ -187,9 +212,9 @@ def bars(labels: Sequence[str], groups: Sequence[Sequence[float]], colours: Sequ
     return svg(lines + drawn)
 
 
-def curves(series: Sequence[Sequence[float]], until: float, most: float, colours: Sequence[str]) -> str:
+def curves(series: Sequence[Sequence[float]], until: float, ticks: Sequence[float], colours: Sequence[str]) -> str:
     """A line for each policy over time, from 0 to `until`."""
-    lines, scale = frame([most * i / 4 for i in range(5)])
+    lines, scale = frame(ticks)
     base, room = HEIGHT - BOTTOM, WIDTH - LEFT - 20
     for tick in nice(until):
         if tick <= until:

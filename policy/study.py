@@ -79,7 +79,8 @@ class Scenario(NamedTuple):
 
 class Result(NamedTuple):
     """What became of the jobs under one policy. `waits` in seconds or mean durations, by job that was counted; `slices`
-    are the busy memory slices, mean of each of `POINTS` stretches. A number that a mode does not have is None."""
+    are the busy memory slices, mean of each of `POINTS` stretches, `gpus` the GPUs in use. What a mode does not have is
+    None."""
 
     policy: str
     waits: Floats
@@ -88,6 +89,7 @@ class Result(NamedTuple):
     gpus_mean: float | None
     gpus_most: int | None
     slices: Floats
+    gpus: Floats | None
 
 
 class Wanted(NamedTuple):
@@ -187,6 +189,7 @@ def measured(s: Scenario, policy: str, starts: Floats, created: Any, w: simulato
     began = ~np.isnan(starts)
     memory = workload.sizes(s.moves)[jobs.profile]
     ends = starts[began] + jobs.duration[began]
+    until = float(jobs.submit[-1])
     elastic = w is not None and s.mode == "elastic"
     return Result(
         policy,
@@ -195,7 +198,8 @@ def measured(s: Scenario, policy: str, starts: Floats, created: Any, w: simulato
         None if created is None else float(created[began].sum() / began[first_rows(jobs)].sum()),
         float(w.clock[simulator.GPU_TIME] / ends.max()) if elastic and w else None,
         int(w.tally[simulator.PEAK]) if elastic and w else None,
-        busy(starts[began], ends, memory[began], float(jobs.submit[-1])),
+        busy(starts[began], ends, memory[began], until),
+        busy(*in_use(starts[began], ends, w.gpu[began]), until) if elastic and w else None,
     )
 
 
@@ -219,9 +223,24 @@ def busy(starts: Floats, ends: Floats, memory: Floats, until: float) -> Floats:
     return np.asarray(np.diff(before(starts) - before(ends)) / np.diff(edges))
 
 
+def in_use(starts: Floats, ends: Floats, gpu: Any) -> tuple[Floats, Floats, Floats]:
+    """From when to when each GPU has something on it, and 1 for each such time."""
+    order = np.lexsort((starts, gpu))
+    starts, ends, gpu = starts[order], ends[order], gpu[order]
+    # Shifted apart by GPU, one running maximum does for all: what begins after all before has ended begins anew.
+    apart = gpu * (float(ends.max()) + 1.0)
+    latest = np.maximum.accumulate(ends + apart)
+    first = np.concatenate([[True], (starts + apart)[1:] > latest[:-1]])
+    last = np.concatenate([first[1:], [True]])
+    return starts[first], (latest - apart)[last], np.ones(int(first.sum()))
+
+
 def against(s: Scenario, result: Result, first: Result) -> tuple[float, float]:
     """How much longer the mean wait is than the first policy's, in percent; in loss mode how many more percent of the
-    offered memory slices are accepted. With half the 95 % interval, over blocks of successive jobs."""
+    offered memory slices are accepted. With half the 95 % interval, over blocks of successive jobs. In elastic mode
+    how many more GPUs are needed, in percent; that has no interval."""
+    if s.mode == "elastic":
+        return 100 * ((result.gpus_mean or 0.0) / (first.gpus_mean or 1.0) - 1), np.nan
     memory = weights(s)
     if s.mode == "loss":
         gain = 100 * memory * (result.accepted.astype(float) - first.accepted) / memory.mean()
@@ -262,6 +281,7 @@ def numbers(s: Scenario, results: list[Result]) -> dict[str, Any]:
                 "gpus_most": result.gpus_most,
                 "profiles": by_profile,
                 "busy_slices": [round(float(x), 3) for x in result.slices],
+                "busy_gpus": None if result.gpus is None else [round(float(x), 3) for x in result.gpus],
             }
         )
     return {
@@ -273,7 +293,7 @@ def numbers(s: Scenario, results: list[Result]) -> dict[str, Any]:
         "reservation": s.node.reserve,
         "load": s.load,
         "time": "mean durations" if s.unit is None else "seconds",
-        "span": float(s.jobs.submit[-1]) * (s.unit or 1.0),
+        "span": (float(s.jobs.submit[-1]) or 1.0) * (s.unit or 1.0),
         "slices": s.moves.geometry.slots * s.node.gpus,
         "left_out": s.left_out,
         "policies": rows,

@@ -89,6 +89,15 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", action="store_true", help="everything, as one JSON object")
     verb.add_argument("--report", metavar="FILE.html", help="write a page with pictures")
 
+    verb = verbs.add_parser("train", allow_abbrev=False, help="train a policy for a GPU model; needs rms-mig[train]")
+    verb.set_defaults(verb=train)
+    verb.add_argument("--config", required=True, metavar="FILE", help="such as policy/configs/slots8.toml")
+    verb.add_argument("--seed", type=int, default=0, metavar="N")
+    verb.add_argument("--out", required=True, metavar="FILE", help="the model file to write")
+    verb.add_argument(
+        "--folder", required=True, metavar="DIR", help="solved nodes, checkpoint and learning curve; goes on from there"
+    )
+
     return parser
 
 
@@ -238,6 +247,14 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
     finally:
         if shown:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def train(options: argparse.Namespace) -> int:
+    """Train a policy, or go on with it."""
+    from policy import train as training
+
+    training.run(options.config, options.seed, options.out, options.folder)
+    return 0
 
 
 def _policy() -> dict[str, str | None]:

@@ -41,6 +41,7 @@ class Config(NamedTuple):
     interactive_wait_seconds: float = 60.0
     """How long the Prolog of a job that can't be requeued (srun, salloc) waits for room."""
     boot_id_file: str = "/proc/sys/kernel/random/boot_id"
+    """Another file only in tests, to play a reboot."""
 
 
 _NUMBER = (int, float)

@@ -216,14 +216,6 @@ def undominated(vectors: Iterable[Counts]) -> set[Counts]:
     return kept
 
 
-def combined(first: Iterable[Counts], second: Iterable[Counts], wanted: Counts) -> set[Counts]:
-    """What two groups of GPUs hold together, from what each can hold; cut off at `wanted`."""
-    second = list(second)
-    return undominated(
-        tuple(min(a + b, w) for a, b, w in zip(x, y, wanted, strict=True)) for x in first for y in second
-    )
-
-
 def load(model: str) -> Geometry:
     """The geometry of a model by its name in `geometry.json`. Raises RequestError naming the known models."""
     with open(DATA, encoding="utf-8") as file:

@@ -129,9 +129,9 @@ def granted(run_dir: str) -> dict[int, Grant]:
     return found
 
 
-def sweep(run_dir: str, now: float | None = None) -> None:
+def sweep(run_dir: str) -> None:
     """Drop refusals so old that their jobs will not come back. What a job still runs with may be older than that."""
-    limit = (time.time() if now is None else now) - STALE_SECONDS
+    limit = time.time() - STALE_SECONDS
     for entry in os.scandir(directory(run_dir)):
         with suppress(OSError):  # the hooks' shell parts write and remove without a lock
             if entry.stat(follow_symlinks=False).st_mtime < limit:

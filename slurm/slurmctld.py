@@ -28,7 +28,6 @@ class Job(NamedTuple):
 
     id: int
     name: str
-    state: str
     batch: bool
     requeue: bool
 
@@ -56,7 +55,7 @@ class Slurmctld:
         for line in output.splitlines():
             words = line.split()
             if len(words) == 7 and [words[0], *words[5:]] == [str(job_id), str(restart), node] and words[2] in RUNNING:
-                return Job(job_id, words[1].partition("+")[0], words[2], words[3] != "0", words[4] == "1")
+                return Job(job_id, words[1].partition("+")[0], words[3] != "0", words[4] == "1")
         return None
 
     def requeue(self, job: Job, delay: int) -> None:

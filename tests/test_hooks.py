@@ -595,12 +595,10 @@ def test_without_a_grant_a_mig_job_goes_back(hooks: Hooks, left: str | None) -> 
     assert [line for line in hooks.calls().splitlines() if "scontrol" in line] == ["scontrol [requeue] [3_7]"]
     assert given(hooks.task("[7.0]")) is None
     assert "requeue" not in hooks.calls(), "only a batch script can go back"
-    # --no-requeue
-    hooks.does("scontrol", f'[ "$1" != requeue ] || grep -q Requeue=1 {hooks.calls_file}')
+    # --no-requeue: allowed for a moment. The TaskProlog is killed right after the requeue, hence one process for all.
+    hooks.does("scontrol", f'[ "$1" != requeue ] && cat >>{hooks.calls_file}')
     assert given(hooks.task("[7.batch]")) is None
-    assert hooks.calls().endswith(
-        "[JobId=3_7] [Requeue=1]\nscontrol [requeue] [3_7]\nscontrol [update] [JobId=3_7] [Requeue=0]\n"
-    )
+    assert hooks.calls().endswith("\nupdate JobId=3_7 Requeue=1\nrequeue 3_7\nupdate JobId=3_7 Requeue=0\n")
 
 
 def test_where_no_prolog_ran_slurmctld_decides(hooks: Hooks) -> None:
