@@ -15,8 +15,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from rms import files, inventory
 from rms.errors import LockTimeoutError, NodeError
 from rms.inventory import State
@@ -111,6 +109,8 @@ class Store:
 
     @contextmanager
     def _locked(self, name: str, what: str) -> Iterator[None]:
+        from filelock import FileLock, Timeout  # most of a hook's start-up; the loop on standard input needs no lock
+
         path = os.path.join(self._directory, name)
         lock = FileLock(
             path,

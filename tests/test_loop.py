@@ -489,3 +489,12 @@ def test_thousands_of_users_are_served_quickly() -> None:
     assert time.monotonic() - began < 15  # 2 s on two slow cores; it took a minute when every GPU was looked at
     assert len(answers) == 5500
     assert max(split(answer)[0] for answer in answers[5000:]) < max(split(answer)[0] for answer in answers[:5000])
+
+
+def test_needs_nothing_but_python() -> None:
+    """Not even filelock: the loop touches no state. `-S` leaves out whatever is installed."""
+    command = [sys.executable, "-E", "-S", str(ROOT / "controller.py")]
+    done = subprocess.run(command, input="acquire user-1 3g\n", capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    gpu, config = done.stdout.split()
+    assert gpu == "0" and 1 <= int(config) <= 19
