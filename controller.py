@@ -95,7 +95,13 @@ class Controller:
         """
         _check(run)
         self.audit.write("acquire", run=run, uid=uid, request=spec, submit=submit, limit=limit)
-        return self._recovering(lambda: self._acquire(run, uid, spec, submit, limit))
+        try:
+            return self._recovering(lambda: self._acquire(run, uid, spec, submit, limit))
+        except NoRoomError:
+            raise  # written where it was decided, with what was there
+        except RmsError as error:
+            self.audit.write("failed", run=run, error=str(error), code=error.code)
+            raise
 
     def release(self, run: Run) -> None:
         """Take back what `run` has, and what older runs of its job have left.
@@ -105,13 +111,14 @@ class Controller:
         _check(run)
         self._recovering(lambda: self._release(run))
 
-    def inspect(self) -> State:
-        """The inventory as it stands. Raises NodeError, also where it must be recovered first."""
-        try:
-            with self._store.open("inspect") as state:
-                return state
-        except Damaged as damaged:
-            raise NodeError(f"{damaged}: the next job's Prolog will recover it") from None
+    def standing(self, run: Run) -> list[Run]:
+        """The runs of a run's job that hold something. Raises NodeError."""
+
+        def look() -> list[Run]:
+            with self._open("look") as state:
+                return [allocation.run for allocation in state.of_job(run)]
+
+        return self._recovering(look)
 
     # Acquire.
 
@@ -119,7 +126,7 @@ class Controller:
         failures: dict[str, list[str]] = {}
         while True:
             with self._open("acquire") as state:
-                if standing := self._standing(state, run, submit):
+                if standing := self._granted_already(state, run, submit):
                     return standing
                 older = self._over(state, run)
                 busy = next((i for i in state.intents if i.run == (older or run)), None)
@@ -149,7 +156,7 @@ class Controller:
         standing = (a.run for a in state.allocations if a.run not in at_work)
         return next((other for other in standing if grant.ended(self.config.run_dir, other)), None)
 
-    def _standing(self, state: State, run: Run, submit: int | None) -> list[Granted] | None:
+    def _granted_already(self, state: State, run: Run, submit: int | None) -> list[Granted] | None:
         """What the run has already. Raises ClosedRunError if it may not have anything any more."""
         if (closed := state.closed.get(run.job)) and run.restart <= closed[0]:
             if submit is None or submit < closed[1] + SKEW_SECONDS:
@@ -220,7 +227,7 @@ class Controller:
         with self._store.hardware([step.gpu for step in steps], f"run {intent.run}"):
             if not any(i.number == intent.number for i in self._store.glance().intents):
                 return None  # the state was lost and recovered before we had the locks: others may plan with our slices
-            outcomes, broken = self._change(steps)
+            outcomes, broken = self._change(intent.run, steps)
             with self._store.open("acquire") as state:
                 current = next((i for i in state.intents if i.number == intent.number), None)
                 allocation = state.of_run(intent.run)
@@ -242,7 +249,7 @@ class Controller:
             self.audit.write("granted", run=intent.run, instances=granted)
         return granted
 
-    def _change(self, steps: Sequence[Step]) -> tuple[list[Outcome], tuple[str, str] | None]:
+    def _change(self, run: Run, steps: Sequence[Step]) -> tuple[list[Outcome], tuple[str, str] | None]:
         """Phase 2 of an acquire. Stops at the first instance that is held or fails; the latter with GPU and error."""
         outcomes: list[Outcome] = []
         for step in sorted(steps, key=lambda s: ("busy", "removing", "making").index(s.status)):
@@ -256,6 +263,7 @@ class Controller:
                     outcomes.append(Outcome(step.generation, None, None, None, held=inventory.HALF_MADE))
             self.audit.write(
                 {"busy": "reuse", "removing": "destroy", "making": "create"}[step.status],
+                run=run,
                 gpu=step.gpu,
                 placement=str(step.placement),
                 seconds=round(time.monotonic() - began, 6),
@@ -382,7 +390,7 @@ class Controller:
         while True:
             with self._store.open(what) as state:
                 if not state.boot_id:
-                    raise Damaged("there is no state yet", state)
+                    raise Damaged("first start here, or the state is gone", state)
                 stale = state.boot_id != self._boot_id or state.managed != list(self.config.gpus)
                 stale = stale or any(g.fault == inventory.LEFT and not inventory.in_use(state, g) for g in state.gpus)
                 claim = None if stale or mended else inventory.claim(state, self._owner)

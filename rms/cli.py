@@ -20,6 +20,7 @@ from rms import config
 from rms.errors import NodeError, RmsError
 
 if TYPE_CHECKING:
+    from rms.geometry import Geometry
     from rms.nvml import NvmlDevice
 
 
@@ -120,7 +121,8 @@ def show(options: argparse.Namespace) -> int:
 
     settings = _settings(options)
     seen = look(settings)
-    found = report(seen, options.node, _policy())
+    known = next(iter(seen.state.geometries.values()), None) if seen.state else None
+    found = report(seen, options.node, _policy(known))
     if options.json:
         print(json.dumps(found, indent=2))
     else:
@@ -257,13 +259,13 @@ def train(options: argparse.Namespace) -> int:
     return 0
 
 
-def _policy() -> dict[str, str | None]:
+def _policy(known: Geometry | None) -> dict[str, str | None]:
     """What decides on this node. Only an answer tells, since a policy that fails is replaced: ask with an empty GPU."""
     import controller
     from rms import geometry, planner
     from rms.request import Request
 
-    known = geometry.load(geometry.models()[0])
+    known = known or geometry.load(geometry.models()[0])
     view = planner.View((planner.GpuView("", known),), (), None, 0.0)
     decisions = planner.plan(view, Request(((known.profiles[0].name, 1),)), None, controller.choose) or []
     choice = decisions[0].choice

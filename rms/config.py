@@ -68,6 +68,7 @@ _SIMULATED: dict[str, tuple[type, ...]] = {
 
 def load(path: str, node: str) -> Config:
     """The configuration in `path`, for the node called `node`. Raises NodeError, one line that names file and key."""
+    path = path.replace("%n", node)
     try:
         with open(path, "rb") as file:
             data = tomllib.load(file)

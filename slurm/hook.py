@@ -118,7 +118,7 @@ def _ending(hook: Hook, config: Config, local: controller.Controller) -> list[Ru
     Epilog of run N is told N + 1, as seen on 22.05.8. What the run's own Prolog has left is right."""
     if left := grant.read(config.run_dir, hook.run.job):
         return [hook.run._replace(restart=left.restart)]
-    return [a.run for a in local.inspect().of_job(hook.run) if a.run.restart <= hook.run.restart]
+    return [run for run in local.standing(hook.run) if run.restart <= hook.run.restart]
 
 
 def _acquire(hook: Hook, config: Config, ticket: Ticket, log: Log) -> list[controller.Granted]:
@@ -227,7 +227,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         hook = Hook.read(os.environ)
         log.about(hook.run)
-        config = configuration.load(config_path.replace("%n", hook.node), hook.node)
+        config = configuration.load(config_path, hook.node)
         log.path = config.hook_log
         return prolog(hook, config, slurm_conf, log) if starting else epilog(hook, config, log)
     except ClosedRunError as error:

@@ -96,9 +96,14 @@ return {{
 
 
 def write(made: Mapping[str, str], directory: str) -> None:
-    """Put the files into `directory`, hooks executable. Raises NodeError."""
+    """Put the files into `directory`, hooks executable. Raises NodeError, also where a site has one of its own."""
     try:
         os.makedirs(directory, exist_ok=True)
+        for path in [os.path.join(directory, name) for name in made]:
+            if os.path.exists(path):
+                with open(path, encoding="utf-8", errors="replace") as file:
+                    if "rms slurm-config" not in file.read() and not path.endswith("rms.lua"):
+                        raise NodeError(f"{path} is not ours: move it away, or call RMS from it (docs/admin.md)")
         for name, text in made.items():
             path = os.path.join(directory, name)
             with open(path, "w", encoding="utf-8") as file:

@@ -10,7 +10,7 @@ import subprocess
 from contextlib import suppress
 from typing import NamedTuple
 
-PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/opt/slurm/bin"
 
 
 class SlurmError(Exception):
