@@ -9,25 +9,30 @@ SLURM_PACKAGES := slurm-wlm slurm-wlm-basic-plugins slurm-client munge
 demo: $(VENV)/installed | slurm
 	$(BIN)/python tests/demo.py
 
-test: $(VENV)/installed | slurm compiler
+test: $(VENV)/tools | slurm compiler
 	$(BIN)/python -m pytest $(TESTS)
 
-check: $(VENV)/installed
+check: $(VENV)/tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/installed
+bench: $(VENV)/tools
 	$(BIN)/python benchmarks/hooks.py --write
 
-bench-policy: $(VENV)/installed
+bench-policy: $(VENV)/tools
 	$(BIN)/python benchmarks/policy_targets.py --write $(QUICK)
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "rms: needs Python 3.11 or newer: make PYTHON=python3.11"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || $(MAKE) --no-print-directory packages PACKAGES=python3-venv
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+# What tests, checks and benchmarks need besides: torch among it, which the constraints hold to one build.
+$(VENV)/tools: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,train]'
 	touch $@
 
 # Slurm and munge from the distribution. Where that fails the demo says so and goes on without, and the tests fail in CI.
