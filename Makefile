@@ -4,17 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 SLURM_PACKAGES := slurm-wlm slurm-wlm-basic-plugins slurm-client munge
 
-.PHONY: demo test trouble check bench bench-policy clean
+.PHONY: demo test check bench bench-policy clean
 
 demo: $(VENV)/installed | slurm
 	$(BIN)/python tests/demo.py
 
 test: $(VENV)/tools | slurm compiler
-	$(BIN)/python -m pytest -m "not trouble" $(TESTS)
-
-# Daemons and hooks of a real Slurm are killed. Not part of `make test`: on a busy machine its waits are too short.
-trouble: $(VENV)/tools | slurm
-	$(BIN)/python -m pytest tests/test_slurm_trouble.py
+	$(BIN)/python -m pytest $(TESTS)
 
 check: $(VENV)/tools
 	$(BIN)/ruff check .

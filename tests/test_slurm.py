@@ -24,7 +24,7 @@ SHOW = 'echo "$SLURM_LOCALID ${CUDA_VISIBLE_DEVICES-unset} ${NVIDIA_VISIBLE_DEVI
 def slurm(slurm_root: Path) -> Iterator[Cluster]:
     """One node with two GPUs, so that a test can fill it. Credentials live 5 s, the least that Slurm takes."""
     options = "LaunchParameters=use_interactive_step"
-    with rms_cluster(slurm_root, nodes=1, create=0.02, destroy=0.02, settings="interactive_wait_seconds = 6",
+    with rms_cluster(slurm_root, nodes=1, create=0.02, destroy=0.02, settings="interactive_wait_seconds = 8",
                      cred_expire=5, extra_conf=options) as cluster:  # fmt: skip
         yield cluster
 
@@ -37,7 +37,8 @@ def healthy(slurm: Cluster) -> Iterator[None]:
     for user in slurm.users:
         slurm.run("scancel", f"--user={user.name}", check=False)
     slurm.wait(lambda: not slurm.queue(), 60, "every job is over")
-    assert tuple(slurm.node_states()["n1"]) == ("idle", "")
+    node = slurm.node_states()["n1"]
+    assert node.state in ("idle", "planned") and node.reason == ""
     assert busy(slurm) == []
 
 
@@ -60,16 +61,16 @@ def log(slurm: Cluster) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def fill(slurm: Cluster, seconds: float) -> int:
-    """A job of the second user that runs and leaves one place for a 3g, and slices that add up to two."""
-    job = slurm.sbatch(f"sleep {seconds}", "--gres=mig:2g:4", user=slurm.users[1])
-    slurm.wait(lambda: slurm.job(job)["JobState"] == "RUNNING" and f"job {job}.0: granted" in log(slurm), 30, "it runs")
+def fill(slurm: Cluster) -> str:
+    """A job of the second user that runs, until it is cancelled, and leaves one place for a 3g, and slices for two."""
+    job = str(slurm.sbatch("sleep 300", "--gres=mig:2g:4", user=slurm.users[1]))
+    slurm.wait(lambda: f"job {job}.0: granted" in log(slurm), 60, "it runs")
     return job
 
 
 def test_batch_job_sees_exactly_its_instances(slurm: Cluster) -> None:
     job = slurm.sbatch(SHOW, "--gres=mig:3g.40gb:1,mig:1g.10gb:2", user=slurm.users[0])
-    slurm.wait_all(30)
+    slurm.wait_all(120)
     _, cuda, nvidia = output(slurm, job).split()
     assert cuda == nvidia
     uuids = cuda.split(",")
@@ -81,7 +82,7 @@ def test_batch_job_sees_exactly_its_instances(slurm: Cluster) -> None:
 
 def test_job_without_mig_is_left_alone(slurm: Cluster) -> None:
     job = slurm.sbatch(SHOW, user=slurm.users[0], env={"CUDA_VISIBLE_DEVICES": "0,1"})
-    slurm.wait_all(30)
+    slurm.wait_all(120)
     assert output(slurm, job).split() == ["0", "0,1", "unset"]
     assert f"job {job}" not in log(slurm)
 
@@ -97,7 +98,7 @@ def test_tasks_share_out_the_instances(slurm: Cluster) -> None:
     RMS_INSTANCES='0;id' srun --overlap -n1 sh -c '{SHOW}'
     """
     job = slurm.sbatch(script, "--gres=mig:1g:2", "--ntasks=4", user=slurm.users[0])
-    slurm.wait_all(30)
+    slurm.wait_all(120)
     lines = [line.split() for line in output(slurm, job).splitlines()]
     a, b = lines[0][1].split(",")
     assert [line[1] for line in lines[1:5]] == [a, b, a, b]
@@ -113,7 +114,7 @@ def test_parallel_steps_share_or_split(slurm: Cluster) -> None:
     for i in 0 1; do RMS_INSTANCES=$i srun --exact -n1 --gres=mig:1g.10gb:1 sh -c 'sleep 1; {SHOW}' & done; wait
     """
     job = slurm.sbatch(script, "--gres=mig:1g:2", "--ntasks=2", user=slurm.users[0])
-    slurm.wait_all(30)
+    slurm.wait_all(120)
     seen = {line.split()[1] for line in output(slurm, job).splitlines()}
     assert len(seen) == 2
 
@@ -135,74 +136,92 @@ def test_srun_pty(slurm: Cluster) -> None:
 
 def test_interactive_step_of_salloc(slurm: Cluster) -> None:
     shell = slurm.popen("script", "-qec", "salloc --gres=mig:2g", "/dev/null", user=slurm.users[0])
-    out, _ = shell.communicate("echo shell=$CUDA_VISIBLE_DEVICES; exit\n", timeout=30)
+    out, _ = shell.communicate("echo shell=$CUDA_VISIBLE_DEVICES; exit\n", timeout=60)
     assert "shell=MIG-" in out
 
 
 def test_array_tasks_have_an_instance_each(slurm: Cluster) -> None:
     array = slurm.sbatch(SHOW, "--gres=mig:1g", "--array=1-3", user=slurm.users[0])
-    slurm.wait_all(40)
+    slurm.wait_all(120)
     assert len({output(slurm, f"{array}_{task}").split()[1] for task in (1, 2, 3)}) == 3
 
 
 @pytest.mark.parametrize("options", [(), ("--no-requeue",), ("--array=0",)])
 def test_no_room_requeues_and_the_script_runs_once(slurm: Cluster, options: tuple[str, ...]) -> None:
-    fill(slurm, 8)
+    filler = fill(slurm)
     job = slurm.sbatch(SHOW + "; echo ran", "--gres=mig:3g:2", *options, user=slurm.users[0])
-    slurm.wait(lambda: "; requeued" in log(slurm).rpartition(f"job {job}.0: no room")[2], 20, "refused")
-    slurm.wait(lambda: slurm.job(job)["JobState"] == "PENDING", 10, "back in the queue")
+    slurm.wait(lambda: f"job {job}.0: no room for 3g.40gb:2 now; requeued" in log(slurm), 60, "refused")
+    slurm.wait(lambda: slurm.job(job)["JobState"] == "PENDING", 60, "back in the queue")
     assert slurm.job(job)["Requeue"] == ("0" if "--no-requeue" in options else "1")
-    slurm.wait_all(60)
+    slurm.run("scancel", filler)
+    slurm.wait_all(120)
     name = f"{job}_0" if "--array=0" in options else job
     assert slurm.job(job)["JobState"] == "COMPLETED"
     assert output(slurm, name).count("ran") == 1 and "MIG-" in output(slurm, name)
 
 
 def test_refusing_one_task_leaves_the_array_alone(slurm: Cluster) -> None:
-    fill(slurm, 6)
+    filler = fill(slurm)
+    before = len(log(slurm))
     job = slurm.sbatch("sleep 1", "--array=0-2%1", "--gres=mig:3g:2", user=slurm.users[0])
-    slurm.wait(lambda: log(slurm).count("no room for 3g.40gb:2 now; requeued") > 0 and job > 0, 20, "one is refused")
+    slurm.wait(lambda: "no room for 3g.40gb:2 now; requeued" in log(slurm)[before:], 60, "one is refused")
+    slurm.run("scancel", filler)
     slurm.wait_all(120)
     assert {state for name, state in slurm.states().items() if name.startswith(f"{job}_")} == {"COMPLETED"}
 
 
 def test_srun_waits_for_room_and_gets_it(slurm: Cluster) -> None:
-    fill(slurm, 3)
-    done = slurm.run("srun", "--gres=mig:3g.40gb:2", "sh", "-c", SHOW, user=slurm.users[0], timeout=40)
-    assert done.stdout.split()[1].startswith("MIG-")
+    filler = fill(slurm)
+    client = slurm.popen("srun", "--gres=mig:3g.40gb:2", "sh", "-c", SHOW, user=slurm.users[0])
+    slurm.wait(lambda: len(slurm.queue()) == 2, 60, "it is there")
+    time.sleep(1)
+    slurm.run("scancel", filler)
+    out, _ = client.communicate(timeout=60)
+    assert out.split()[1].startswith("MIG-")
 
 
 def test_srun_without_room_is_told_and_cancelled(slurm: Cluster) -> None:
-    fill(slurm, 15)
-    done = slurm.run("srun", "--gres=mig:3g.40gb:2", "echo", "ran", user=slurm.users[0], timeout=40, check=False)
+    fill(slurm)
+    done = slurm.run("srun", "--gres=mig:3g.40gb:2", "echo", "ran", user=slurm.users[0], timeout=90, check=False)
     assert done.returncode != 0 and "ran" not in done.stdout
     assert "no room for 3g.40gb:2" in done.stderr and "sbatch" in done.stderr
 
 
 def test_a_waiting_prolog_ends_when_its_job_is_cancelled(slurm: Cluster) -> None:
-    fill(slurm, 20)
+    fill(slurm)
     before = len(log(slurm))
     client = slurm.popen("srun", "--gres=mig:3g.40gb:2", "echo", "ran", user=slurm.users[0])
     slurm.wait(
-        lambda: any(line.split()[1] == "RUNNING" and "games" not in line for line in slurm.queue()), 20, "it waits"
+        lambda: any(line.split()[1] == "RUNNING" and "games" not in line for line in slurm.queue()), 60, "it waits"
     )
     time.sleep(1.5)
     client.send_signal(signal.SIGINT)
     time.sleep(0.3)
     client.send_signal(signal.SIGINT)
-    slurm.wait(lambda: "the job is gone" in log(slurm)[before:], 10, "its Prolog has seen it")
-    client.communicate(timeout=20)
+    slurm.wait(lambda: "the job is gone" in log(slurm)[before:], 60, "its Prolog has seen it")
+    client.communicate(timeout=60)
 
 
 def test_requeue_by_hand_gives_everything_back(slurm: Cluster) -> None:
     job = slurm.sbatch("echo run $SLURM_RESTART_COUNT; [ -n \"$SLURM_RESTART_COUNT\" ] || sleep 30", "--gres=mig:3g",
                        user=slurm.users[0])  # fmt: skip
-    slurm.wait(lambda: f"job {job}.0: granted" in log(slurm), 20, "granted")
+    slurm.wait(lambda: f"job {job}.0: granted" in log(slurm), 60, "granted")
     slurm.run("scontrol", "requeue", str(job), user=slurm.users[0])
-    slurm.wait(lambda: f"released run {job}.0" in log(slurm), 20, "released")
-    slurm.wait_all(60)
+    slurm.wait(lambda: f"released run {job}.0" in log(slurm), 60, "released")
+    slurm.wait_all(120)
     assert slurm.job(job)["JobState"] == "COMPLETED"
     assert f"job {job}.1: granted" in log(slurm)
+
+
+def stopped(slurm: Cluster, job: int, *command: str) -> bool:
+    """Whether a step of the job is always stopped, and told why. Slurm now and then loses what a task that never was
+    has written, so five steps are made at most."""
+    for _ in range(5):
+        step = slurm.run("srun", f"--jobid={job}", "--overlap", *command, user=slurm.users[0], check=False)
+        assert step.returncode != 0 and "step ran" not in step.stdout
+        if "no MIG instance" in step.stdout:
+            return True
+    return False
 
 
 def test_no_prolog_no_script(slurm: Cluster) -> None:
@@ -210,16 +229,15 @@ def test_no_prolog_no_script(slurm: Cluster) -> None:
     jobs = slurm.root / "n1" / "run" / "jobs"
     for left in ("refused 0\n", ""):
         before = len(log(slurm))
-        job = slurm.sbatch(SHOW + "; echo ran; sleep 3", "--gres=mig:1g", "--hold", user=slurm.users[0])
+        job = slurm.sbatch("sleep 300", "--gres=mig:1g", "--hold", user=slurm.users[0])
         slurm.run("scontrol", "release", str(job))
         granted = f"job {job}.0: granted"
-        slurm.wait(lambda start=before, word=granted: word in log(slurm)[start:], 20, "granted")
+        slurm.wait(lambda start=before, word=granted: word in log(slurm)[start:], 60, "granted")
         # What a start without Prolog would find, for the next step of the job.
         (jobs / str(job)).write_text(left) if left else (jobs / str(job)).unlink()
-        step = slurm.run("srun", f"--jobid={job}", "--overlap", "echo", "step ran", user=slurm.users[0], check=False)
-        assert step.returncode != 0 and "step ran" not in step.stdout
-        assert "no MIG instance" in step.stdout
-        slurm.wait_all(30)
+        assert stopped(slurm, job, "echo", "step ran")
+        slurm.run("scancel", str(job))
+        slurm.wait_all(120)
 
 
 def test_batch_script_without_prolog_goes_back_to_the_queue(slurm: Cluster) -> None:
@@ -230,10 +248,10 @@ def test_batch_script_without_prolog_goes_back_to_the_queue(slurm: Cluster) -> N
     try:
         real.write_text(text.replace('[ "$word" = none ] && exit 0', "exit 0"))
         job = slurm.sbatch("echo ran", "--gres=mig:1g", user=slurm.users[0])
-        slurm.wait(lambda: slurm.job(job)["Restarts"] == "1", 20, "sent back")
+        slurm.wait(lambda: slurm.job(job)["Restarts"] == "1", 60, "sent back")
     finally:
         real.write_text(text)
-    slurm.wait_all(60)
+    slurm.wait_all(120)
     assert slurm.job(job)["JobState"] == "COMPLETED"
     assert output(slurm, job).count("\nran") + output(slurm, job).startswith("ran") == 1
 
@@ -243,7 +261,7 @@ def test_a_comment_that_makes_no_sense_ends_the_job_not_the_node(slurm: Cluster)
         job = slurm.sbatch("echo ran", "--gres=mig:1g", "--hold", user=slurm.users[0])
         slurm.run("scontrol", "update", f"jobid={job}", f"comment={comment}")
         slurm.run("scontrol", "release", str(job))
-        slurm.wait_all(30)
+        slurm.wait_all(120)
         assert slurm.job(job)["JobState"] == "CANCELLED"
         assert not (slurm.users[0].work / f"slurm-{job}.out").exists()
 
@@ -266,8 +284,8 @@ def test_the_nodes_own_fault_drains_it_and_the_job_waits(slurm: Cluster, fault: 
             jobs.rename(moved)
             jobs.symlink_to("/tmp")
         job = slurm.sbatch("echo ran", "--gres=mig:1g", user=slurm.users[0])
-        slurm.wait(lambda: slurm.node_states()["n1"].state.startswith("drain"), 20, "drained")
-        slurm.wait(lambda: slurm.job(job)["JobState"] == "PENDING", 30, "back in the queue")
+        slurm.wait(lambda: slurm.node_states()["n1"].state.startswith("drain"), 60, "drained")
+        slurm.wait(lambda: slurm.job(job)["JobState"] == "PENDING", 60, "back in the queue")
         reason = slurm.node_states()["n1"].reason
         assert reason.startswith("rms: ") and slurm.job(job)["Priority"] != "0"
         assert not (slurm.users[0].work / f"slurm-{job}.out").exists()
@@ -277,9 +295,9 @@ def test_the_nodes_own_fault_drains_it_and_the_job_waits(slurm: Cluster, fault: 
         if jobs.is_symlink():
             jobs.unlink()
             moved.rename(jobs)
-        slurm.wait(lambda: not any(" COMPLETING " in line for line in slurm.queue()), 20, "its Epilog is over")
+        slurm.wait(lambda: not any(" COMPLETING " in line for line in slurm.queue()), 60, "its Epilog is over")
         slurm.run("scontrol", "update", "NodeName=n1", "State=RESUME")
-    slurm.wait_all(60)
+    slurm.wait_all(120)
     assert output(slurm, job).count("ran") == 1
 
 

@@ -21,10 +21,10 @@ import records
 from rms_cluster import rms_cluster
 from throwaway import Cluster
 
-pytestmark = [pytest.mark.slurm, pytest.mark.trouble]
+pytestmark = pytest.mark.slurm
 
 SHOW = 'echo "ran ${CUDA_VISIBLE_DEVICES-unset}"'
-CREATE = 0.7  # seconds: long enough to be hit by a signal
+CREATE = 1.5  # seconds: long enough to be hit by a signal
 WAIT = 2  # seconds that a Prolog waits for room where it can't requeue
 
 
@@ -81,7 +81,7 @@ def kill(slurm: Cluster, *words: str, jobs: Iterable[int] = ()) -> None:
     found = []
     for job in jobs or [0]:
         more = (*words, f"SLURM_JOB_ID={job} ") if job else words
-        slurm.wait(lambda more=more: bool(processes(slurm, *more)), 20, f"to kill: {more}")  # type: ignore[misc]
+        slurm.wait(lambda more=more: bool(processes(slurm, *more)), 60, f"to kill: {more}")  # type: ignore[misc]
         found += processes(slurm, *more)
     for pid in found:
         with contextlib.suppress(ProcessLookupError):
@@ -90,8 +90,8 @@ def kill(slurm: Cluster, *words: str, jobs: Iterable[int] = ()) -> None:
 
 def drained(slurm: Cluster) -> str:
     """The reason, once the node is drained and its hooks have ended; the node is resumed."""
-    slurm.wait(lambda: slurm.node_states()["n1"].state.startswith("drain"), 20, "drained")
-    slurm.wait(lambda: not any("COMPLETING" in line for line in slurm.queue()), 20, "its Epilogs are over")
+    slurm.wait(lambda: slurm.node_states()["n1"].state.startswith("drain"), 60, "drained")
+    slurm.wait(lambda: not any("COMPLETING" in line for line in slurm.queue()), 60, "its Epilogs are over")
     reason = slurm.node_states()["n1"].reason
     slurm.run("scontrol", "update", "NodeName=n1", "State=RESUME")
     return reason
@@ -104,14 +104,14 @@ def starting(slurm: Cluster, *requests: str) -> list[int]:
         gres, *options = request.split()
         jobs.append(slurm.sbatch(SHOW, f"--gres=mig:{gres}", "--hold", *options, user=slurm.users[0]))
     slurm.run("scontrol", "release", *map(str, jobs), user=slurm.users[0])
-    slurm.wait(lambda: {f"{job}.0" for job in jobs} <= set(busy(slurm)), 20, "their Prologs are at work")
+    slurm.wait(lambda: {f"{job}.0" for job in jobs} <= set(busy(slurm)), 60, "their Prologs are at work")
     return jobs
 
 
 def fill(slurm: Cluster, seconds: float) -> None:
     """A job of the second user that leaves no place for two 3g, but slices that add up to them."""
     job = slurm.sbatch(f"sleep {seconds}", "--gres=mig:2g:4", user=slurm.users[1])
-    slurm.wait(lambda: f"job {job}.0: granted" in log(slurm), 30, "it runs")
+    slurm.wait(lambda: f"job {job}.0: granted" in log(slurm), 60, "it runs")
 
 
 def ran_once(slurm: Cluster, job: int | str) -> bool:
@@ -128,7 +128,7 @@ def test_prologs_are_killed(slurm: Cluster) -> None:
     kill(slurm, "prolog", jobs=[three])
     drained(slurm)
     slurm.run("scontrol", "release", str(three), user=slurm.users[0])
-    slurm.wait_all(40)
+    slurm.wait_all(120)
     assert all(ran_once(slurm, job) for job in (one, two, three))
     assert [slurm.job(job)["Requeue"] for job in (one, two)] == ["1", "0"]
 
@@ -146,7 +146,7 @@ def test_the_epilog_s_python_is_killed(slurm: Cluster) -> None:
         epilog.write_text(text)
     assert busy(slurm) == [f"{job}.0"]
     job = slurm.sbatch(SHOW, "--gres=mig:7g:2", user=slurm.users[0])
-    slurm.wait_all(30)
+    slurm.wait_all(120)
     assert ran_once(slurm, job) and "no room" not in log(slurm).rpartition(f"job {job}.0")[2]
 
 
@@ -155,9 +155,9 @@ def test_users_interfere_with_the_prolog(slurm: Cluster) -> None:
     slurm.run("scancel", str(cancelled), user=slurm.users[0])
     slurm.run("scontrol", "requeue", str(requeued), user=slurm.users[0])
     slurm.run("scontrol", "requeuehold", str(held), user=slurm.users[0])
-    slurm.wait(lambda: slurm.job(held)["JobState"] == "PENDING", 20, "held")
+    slurm.wait(lambda: slurm.job(held)["JobState"] == "PENDING", 60, "held")
     slurm.run("scontrol", "release", str(held), user=slurm.users[0])
-    slurm.wait_all(40)
+    slurm.wait_all(120)
     assert slurm.job(cancelled)["JobState"] == "CANCELLED"
     assert not (slurm.users[0].work / f"slurm-{cancelled}.out").exists()
     assert ran_once(slurm, requeued) and ran_once(slurm, held)
@@ -167,10 +167,10 @@ def test_slurmd_is_killed(slurm: Cluster) -> None:
     """What runs goes on. A Prolog is forgotten by the next slurmd: without ours its job would be in it for ever."""
     script = f"{SHOW}; sleep 3"
     jobs = [slurm.sbatch(script, "--gres=mig:1g", user=slurm.users[0]) for _ in range(2)]
-    slurm.wait(lambda: all(f"job {job}.0: granted" in log(slurm) for job in jobs), 20, "both run")
+    slurm.wait(lambda: all(f"job {job}.0: granted" in log(slurm) for job in jobs), 60, "both run")
     jobs += starting(slurm, "7g")
     slurm.restart_slurmd("n1", signal.SIGKILL)
-    slurm.wait_all(60)
+    slurm.wait_all(120)
     assert all(ran_once(slurm, job) for job in jobs)
 
 
@@ -183,11 +183,11 @@ def test_slurmctld_is_away_during_a_refusal(slurm: Cluster) -> None:
         gate.touch()
         prolog.write_text(text.replace("\njobs=", f"\nwhile [ -e {gate} ]; do sleep 0.1; done\njobs=", 1))
         job = slurm.sbatch(SHOW, "--gres=mig:3g:2", user=slurm.users[0])
-        slurm.wait(lambda: slurm.job(job)["JobState"] == "RUNNING", 20, "its Prolog has begun")
+        slurm.wait(lambda: slurm.job(job)["JobState"] == "RUNNING", 60, "its Prolog has begun")
         # A slurmctld that has forgotten the job is another story: it saves its state some seconds after a change.
         began = time.time()
         slurm.sbatch("true", "--hold", user=slurm.users[0])
-        slurm.wait(lambda: saved.exists() and saved.stat().st_mtime > began, 40, "saved")
+        slurm.wait(lambda: saved.exists() and saved.stat().st_mtime > began, 60, "saved")
         slurm.stop_daemon("slurmctld", signal.SIGKILL)
         gate.unlink()
         slurm.wait(lambda: "waiting for slurmctld" in log(slurm), 60, "the Prolog has noticed")
@@ -198,23 +198,24 @@ def test_slurmctld_is_away_during_a_refusal(slurm: Cluster) -> None:
         if not slurm._alive("slurmctld"):
             slurm.start_daemon("slurmctld")
     slurm.wait(lambda: f"job {job}.0: no room for 3g.40gb:2 now; requeued" in log(slurm), 60, "requeued")
-    slurm.wait(lambda: slurm.job(job)["JobState"] == "PENDING", 20, "back in the queue")
+    slurm.wait(lambda: slurm.job(job)["JobState"] == "PENDING", 60, "back in the queue")
     assert slurm.job(job)["Reason"] == "BeginTime" and slurm.node_states()["n1"].reason == ""
 
 
 def test_variables_do_not_fool_the_task_prolog(slurm: Cluster) -> None:
     """A job that an array's task submitted has that task's variables: to go by them would kill the running task."""
     work = slurm.users[0].work
-    inner = f"sbatch --parsable --hold --gres=mig:1g --output=slurm-%j.out --wrap '{SHOW}' >inner; sleep 7; {SHOW}"
+    inner = f"sbatch --parsable --hold --gres=mig:1g --output=slurm-%j.out --wrap '{SHOW}' >inner"
+    inner += f"; while [ ! -e go ]; do sleep 0.2; done; {SHOW}"
     array = slurm.sbatch(inner, "--array=3", "--gres=mig:1g", user=slurm.users[0])
-    slurm.wait(lambda: (work / "inner").exists() and (work / "inner").read_text().endswith("\n"), 20, "submitted")
+    slurm.wait(lambda: (work / "inner").exists() and (work / "inner").read_text().endswith("\n"), 60, "submitted")
     job = int((work / "inner").read_text())
     prolog = slurm.etc / "prolog"
     text = prolog.read_text()
     try:  # what the TaskProlog meets where Slurm leaves the Prolog out
         prolog.write_text(text.replace('[ "$word" = none ] && exit 0', "exit 0"))
         slurm.run("scontrol", "release", str(job), user=slurm.users[0])
-        slurm.wait(lambda: slurm.job(job)["Restarts"] == "1", 20, "sent back")
+        slurm.wait(lambda: slurm.job(job)["Restarts"] == "1", 60, "sent back")
     finally:
         prolog.write_text(text)
     # Nor does what users set to shape their own squeue.
@@ -223,11 +224,12 @@ def test_variables_do_not_fool_the_task_prolog(slurm: Cluster) -> None:
     granted = marker.read_text()
     marker.unlink()
     for name in ("SQUEUE_PARTITION", "SQUEUE_NAMES", "SLURM_CLUSTERS"):
-        step = ("srun", f"--jobid={task}", "--overlap", f"--export=ALL,{name}=other", "sh", "-c", SHOW)
+        step = ("srun", f"--jobid={task}", "--overlap", f"--export=ALL,{name}=other", "echo", "step ran")
         done = slurm.run(*step, user=slurm.users[0], check=False)
-        assert done.returncode != 0 and "no MIG instance" in done.stdout and "ran unset" not in done.stdout
+        assert done.returncode != 0 and "step ran" not in done.stdout
     marker.write_text(granted)
-    slurm.wait_all(60)
+    (work / "go").touch()
+    slurm.wait_all(120)
     assert slurm.job(f"{array}_3")["Restarts"] == "0" and slurm.job(f"{array}_3")["JobState"] == "COMPLETED"
     assert output(slurm, job).count("ran MIG-") == 1
 
@@ -262,7 +264,7 @@ def test_a_storm(slurm: Cluster) -> None:
     states = slurm.states()
     assert {job: states[str(job)] for job in mig if states[str(job)] != "COMPLETED"} == {}, slurm.queue()
     slurm.sbatch("true", "--gres=mig:1g", user=slurm.users[0])  # gives back what a killed Epilog has left
-    slurm.wait_all(20)
+    slurm.wait_all(120)
     found = [r for job in mig for user in slurm.users for r in read(user.work / f"slurm-{job}.out")]
     assert Counter(r.job for r in found) == dict.fromkeys(mig, 1), "each script ran once"
     assert all(bool(r.uuids) == mig[r.job] for r in found)

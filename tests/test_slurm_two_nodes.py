@@ -99,7 +99,7 @@ def test_het_components_have_their_own_instances(slurm_root: Path) -> None:
         wrap = f"--wrap=srun --het-group=0,1 sh -c '{show}'"
         components = ["--gres=mig:1g:2", "-n2", wrap, ":", "-n1", "--gres=mig:2g"]
         job = int(slurm.run("sbatch", "--parsable", *components, user=slurm.users[0]).stdout)
-        slurm.wait_all(40)
+        slurm.wait_all(120)
         text = (slurm.users[0].work / f"slurm-{job}.out").read_text()
         journal = [e for node in slurm.nodes for e in records.journal(slurm.root / node / "gpus.json.journal")]
     made = {e["uuid"]: e["profile"] for e in journal if e["op"] == "create_compute_instance"}

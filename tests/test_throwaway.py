@@ -30,7 +30,7 @@ def test_runs_the_jobs_of_two_users_and_leaves_nothing() -> None:
         first, second = slurm.users
         one = slurm.sbatch("id -un; echo $SLURMD_NODENAME", "--gres=mig:1g.10gb:1", user=first)
         array = slurm.sbatch("#!/bin/sh\nid -un\n", "--array=1-2", "--output=task%a", user=second)
-        slurm.wait_all(30)
+        slurm.wait_all(120)
         assert (first.work / f"slurm-{one}.out").read_text().split() == [first.name, "n1"]
         assert (second.work / "task2").read_text() == f"{second.name}\n"
         assert slurm.job(one)["UserId"] == f"{first.name}({first.uid})"
