@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from typing import NamedTuple, NoReturn, TypeVar
 
 from rms import config as configuration
-from rms import grant, inventory, planner
+from rms import demand, grant, inventory, planner
 from rms.audit import Audit
 from rms.config import Config
 from rms.device import Device, DeviceError, Nvml
@@ -195,7 +195,15 @@ class Controller:
         if not planner.fits(view._replace(gpus=whole), asked):
             raise NodeError("; ".join(f"GPU {uuid}: {fault}" for uuid, fault in faults.items()))
         view = view._replace(gpus=tuple(gpu.without_room() if gpu.uuid in faults else gpu for gpu in view.gpus))
-        decisions = planner.plan(view, asked, now + limit * 60 if limit else None, self._choose)
+        end = now + limit * 60 if limit else None
+        decisions = None
+        if told := demand.load(self.config.state_dir, now):
+            geometry = view.gpus[0].geometry
+            view = view._replace(pending=told.pending(geometry))
+            if told.keep and (kept := _kept(view, told, asked)):
+                decisions = planner.plan(planner.beside(view, kept, end), asked, end, self._choose)
+        # A job that slurmctld has let in before it knew what is to be kept is not sent back for that.
+        decisions = decisions or planner.plan(view, asked, end, self._choose)
         if decisions is None:
             grant.refuse(self.config.run_dir, run)
             self.audit.write("refused", run=run, request=str(asked), gpus=_picture(view))
@@ -577,6 +585,14 @@ def _explain(decision: Decision, view: View) -> dict[str, object]:
         "wanted": [str(p) for p in choice.wanted],
         "config": geometry.config_id(choice.wanted),
     }
+
+
+def _kept(view: View, told: demand.Told, asked: Request) -> planner.Kept | None:
+    """What is kept from `asked` for another job: nothing if that asks for the same, since they come in their order."""
+    with suppress(RequestError):
+        if (wanted := parse(told.keep, view.gpus[0].geometry)) != asked:
+            return planner.first_room(view, wanted)
+    return None
 
 
 def choose(view: View, asked: planner.Asked, candidates: Sequence[planner.Candidate]) -> planner.Choice:

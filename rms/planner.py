@@ -7,6 +7,7 @@ chooses where, never whether.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from operator import add, mul
@@ -61,6 +62,14 @@ class View(NamedTuple):
     recent: tuple[Demand, ...]
     pending: tuple[Demand, ...] | None
     now: float
+
+
+class Kept(NamedTuple):
+    """Where a request that does not fit now will fit first: places by GPU (index in the view), and when they will be
+    free (epoch; None where a job in the way has no time limit)."""
+
+    places: tuple[tuple[int, Placement], ...]
+    free: float | None
 
 
 class Asked(NamedTuple):
@@ -173,6 +182,42 @@ def fits(view: View, request: Request) -> bool:
     """Whether the whole request can be placed at once, idle instances destroyed where they are in the way. Exact."""
     # Sums and a quick packing answer most questions; only where they do not are all layouts looked at.
     return _within(view, request) and (_packs(view, request) or _reaches(view, request))
+
+
+def first_room(view: View, request: Request) -> Kept | None:
+    """Where `request` will fit first, going by the ends of the jobs; None if not even with all of them gone."""
+    ends = sorted({max(b.end, view.now) for gpu in view.gpus for b in gpu.busy if b.end is not None})
+    moments = [view.now, *ends, None]
+
+    def at(moment: float | None) -> View:
+        def stays(busy: Busy) -> bool:
+            return moment is not None and (busy.end is None or busy.end > moment or moment == view.now)
+
+        gpus = (gpu._replace(busy=tuple(b for b in gpu.busy if stays(b))) for gpu in view.gpus)
+        return view._replace(gpus=tuple(gpus))
+
+    # With each end there is more room, never less.
+    first = bisect_left(moments, True, key=lambda moment: fits(at(moment), request))
+    decisions = plan(at(moments[first]), request, None) if first < len(moments) else None
+    if decisions is None:
+        return None
+    chosen = (decision.choice.candidate for decision in decisions)
+    return Kept(tuple((c.gpu, c.placement) for c in chosen), moments[first])
+
+
+def beside(view: View, kept: Kept, end: float | None) -> View:
+    """What a job that ends at `end` may use while `kept` is kept for another one: all, if it is gone by then."""
+    if end is not None and kept.free is not None and end <= kept.free:
+        return view
+    gpus = list(view.gpus)
+    for index, place in kept.places:
+        gpu = gpus[index]
+        # What is free of the place is filled with instances as small as there are: they are legal beside the busy ones.
+        small = min((p for p in gpu.geometry.profiles if p.plain), key=lambda p: (p.memory, p.compute)).name
+        free = [p for p in gpu.geometry.legal(small, gpu.taken) if p.mask & place.mask]
+        idle = tuple(i for i in gpu.idle if gpu.geometry.by_name[i.profile].media or not i.mask & place.mask)
+        gpus[index] = gpu._replace(blocked=(*gpu.blocked, *free), idle=idle)
+    return view._replace(gpus=tuple(gpus))
 
 
 def _within(view: View, request: Request) -> bool:
