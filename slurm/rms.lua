@@ -270,8 +270,9 @@ local function check_submit(job)
         return text:format(table.concat(words, ","), site.gpus, site.model)
     elseif job.min_nodes and job.min_nodes ~= NOT_GIVEN and job.min_nodes > 1 then
         return "a job with mig runs on one node; this one asks for more (-N, -w or tasks per node)"
-    elseif request.short and (job.argc or 0) > 0 and not job.script then
-        -- srun, which asks for its step by itself, with what the user typed: that would fail once the job has started
+    elseif request.short and (job.argc or 0) > 0 and not job.script and job.name ~= "interactive" then
+        -- srun, which asks for its step by itself, with what the user typed: that would fail once the job has started.
+        -- In 26.05 salloc tells its command, too, but calls its jobs interactive.
         return "srun needs the full form, --gres=mig:" .. table.concat(words, ",mig:")
     end
     local minutes = job.time_limit or 0
