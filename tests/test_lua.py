@@ -30,7 +30,7 @@ local function into(list) return function(form, ...) list[#list + 1] = form:form
 slurm = { SUCCESS = 0, ERROR = -1, log_user = into(said), log_info = into(logged), log_error = into(errors) }
 os.time = function() return 1700000000 end
 local known = {}
-local names = "tres_per_node tres_per_job tres_per_socket tres_per_task comment"
+local names = "tres_per_node tres_per_job tres_per_socket tres_per_task comment name"
     .. " min_nodes max_nodes time_limit argc script"
 for name in names:gmatch("%S+") do known[name] = true end
 local settable = { tres_per_node = true, comment = true, min_nodes = true, max_nodes = true }
@@ -262,6 +262,7 @@ def test_srun_must_write_it_in_full() -> None:
     assert "--gres=mig:3g.40gb:1,mig:1g.10gb:2" in lua().say
     assert lua().submit(tres_per_node="gres:mig:3g.40gb:1,gres:mig:1g.10gb:2", argc=1)
     assert lua().submit(tres_per_node="gres:mig:3g", argc=0)  # salloc
+    assert lua().submit(tres_per_node="gres:mig:3g", argc=1, name="interactive")  # salloc of 26.05
     assert lua().submit(tres_per_node="gres:mig:3g", argc=1, script="#!/bin/sh")  # sbatch
 
 
