@@ -20,13 +20,13 @@ from contextlib import contextmanager, suppress
 from typing import NamedTuple, NoReturn, TypeVar
 
 from rms import config as configuration
-from rms import demand, grant, inventory, planner
+from rms import demand, fence, grant, inventory, planner
 from rms.audit import Audit
 from rms.config import Config
 from rms.device import Device, DeviceError, Nvml
 from rms.errors import ClosedRunError, NodeError, NoRoomError, RequestError, RmsError
 from rms.geometry import Placement
-from rms.inventory import Allocation, Claim, Intent, Outcome, Owner, Run, State, Survey
+from rms.inventory import Allocation, Claim, Gpu, Intent, Outcome, Owner, Run, State, Survey
 from rms.planner import Decision, View
 from rms.request import Request, parse, printable
 from rms.store import Damaged, Store
@@ -145,7 +145,7 @@ class Controller:
                 self._wait(f"run {run} is being worked on by process {busy.owner.pid}")
             elif older is not None:
                 self._release(older)
-            elif granted := self._fulfil(intent, steps if self._pass(ahead) else [], failures):
+            elif granted := self._fulfil(intent, uid, steps if self._pass(ahead) else [], failures):
                 return granted
 
     def _over(self, state: State, run: Run) -> Run | None:
@@ -230,18 +230,20 @@ class Controller:
             self._wait(f"process {left[0].owner.pid} is removing instances")
         return True
 
-    def _fulfil(self, intent: Intent, steps: Sequence[Step], failures: dict[str, list[str]]) -> list[Granted] | None:
+    def _fulfil(
+        self, intent: Intent, uid: int, steps: Sequence[Step], failures: dict[str, list[str]]
+    ) -> list[Granted] | None:
         """Phases 2 and 3. None if the hardware would not: the inventory knows why, and another plan may do."""
         with self._store.hardware([step.gpu for step in steps], f"run {intent.run}"):
             if not any(i.number == intent.number for i in self._store.glance().intents):
                 return None  # the state was lost and recovered before we had the locks: others may plan with our slices
-            outcomes, broken = self._change(intent.run, steps)
+            outcomes, broken = self._change(intent.run, uid, steps)
             with self._store.open("acquire") as state:
                 current = next((i for i in state.intents if i.number == intent.number), None)
                 allocation = state.of_run(intent.run)
                 if current is None or allocation is None:
                     return None  # the state was lost and recovered meanwhile, and what we made was adopted
-                complete = len(outcomes) == len(steps) > 0 and not any(o.held for o in outcomes)
+                complete = not broken and len(outcomes) == len(steps) > 0 and not any(o.held for o in outcomes)
                 inventory.conclude(state, current, outcomes, time.time(), granted=complete)
                 if broken:
                     state.gpu(broken[0]).doubt = broken[1]
@@ -257,10 +259,14 @@ class Controller:
             self.audit.write("granted", run=intent.run, instances=granted)
         return granted
 
-    def _change(self, run: Run, steps: Sequence[Step]) -> tuple[list[Outcome], tuple[str, str] | None]:
-        """Phase 2 of an acquire. Stops at the first instance that is held or fails; the latter with GPU and error."""
+    def _change(self, run: Run, uid: int, steps: Sequence[Step]) -> tuple[list[Outcome], tuple[str, str] | None]:
+        """Phase 2 of an acquire. Stops at the first instance that is held or fails; the latter with GPU and error.
+
+        The user is let in last, so that what comes to nothing is still fenced from everybody.
+        """
         outcomes: list[Outcome] = []
-        for step in sorted(steps, key=lambda s: ("busy", "removing", "making").index(s.status)):
+        steps = sorted(steps, key=lambda s: ("busy", "removing", "making").index(s.status))
+        for step in steps:
             began = time.monotonic()
             fault = ""
             try:
@@ -284,18 +290,45 @@ class Controller:
                 # whoever looks next finds the instance idle, and would choose it again and again.
                 unseen = step.status == "removing" and not held.startswith(HELD_BY)
                 return outcomes, (step.gpu, held) if unseen else None
+        theirs = [(step, outcome) for step, outcome in zip(steps, outcomes, strict=True) if step.status != "removing"]
+        try:
+            for step, outcome in theirs:
+                self._fence(step.gpu, outcome.gi, outcome.ci, uid)
+        except DeviceError as error:
+            for step, outcome in theirs:
+                outcomes[steps.index(step)] = self._shut(step.gpu, outcome)
+            return outcomes, (step.gpu, str(error))
         return outcomes, None
+
+    def _fence(self, gpu: str, gi: int | None, ci: int | None, uid: int | None) -> None:
+        """Let one user open an instance, or nobody."""
+        if gi is not None:
+            fence.fence(self._device.capabilities(gpu, gi, ci), uid)
+
+    def _shut(self, gpu: str, outcome: Outcome) -> Outcome:
+        """Let nobody open an instance; what can't be shut is held."""
+        try:
+            self._fence(gpu, outcome.gi, outcome.ci, None)
+        except DeviceError as error:
+            return outcome._replace(held=str(error))
+        return outcome
 
     def _make(self, step: Step) -> Outcome:
         device = self._device
         gi = device.create_gpu_instance(step.gpu, step.placement.profile, step.placement.start)
+        ci = None
         try:
             ci = device.create_compute_instance(step.gpu, gi)
+            self._fence(step.gpu, gi, ci, None)
+            made = Outcome(step.generation, gi, ci, device.uuid(step.gpu, gi, ci))
+            pids = device.holders(step.gpu, gi, ci)  # who was quicker than the fence
         except DeviceError:
             with suppress(DeviceError):
+                if ci is not None:
+                    device.destroy_compute_instance(step.gpu, gi, ci)
                 device.destroy_gpu_instance(step.gpu, gi)
             raise
-        return Outcome(step.generation, gi, ci, device.uuid(step.gpu, gi, ci))
+        return made._replace(held=_held_by(pids)) if pids else made
 
     def _take(self, step: Step) -> Outcome:
         """Make sure that nobody holds an idle instance; destroy it if it is to be removed."""
@@ -303,6 +336,7 @@ class Controller:
         if gi is None or ci is None:
             raise DeviceError(Nvml.NOT_FOUND, f"{step.placement} has no instance")
         stands = Outcome(step.generation, gi, ci, step.uuid)
+        self._fence(step.gpu, gi, ci, None)
         if pids := self._device.holders(step.gpu, gi, ci):
             return stands._replace(held=_held_by(pids))
         if step.status == "busy":
@@ -380,14 +414,14 @@ class Controller:
             time.sleep(RETRY_SECONDS)
 
     def _released(self, step: Step) -> Outcome:
-        stands = Outcome(step.generation, step.gi, step.ci, step.uuid)
+        stands = self._shut(step.gpu, Outcome(step.generation, step.gi, step.ci, step.uuid))
         try:
             pids = self._device.holders(step.gpu, step.gi or 0, step.ci or 0)
         except DeviceError as error:
             if error.code == Nvml.NOT_FOUND:  # it vanished while the job ran: nothing to take back
                 return Outcome(step.generation, None, None, None)
-            return stands._replace(held=str(error))
-        return stands._replace(held=_held_by(pids) if pids else "")
+            return stands._replace(held=stands.held or str(error))
+        return stands._replace(held=_held_by(pids)) if pids else stands
 
     # Before a decision: the inventory must be known, and true.
 
@@ -440,12 +474,29 @@ class Controller:
                         continue  # taken out of the configuration meanwhile
                     if survey is not None:
                         inventory.reconcile(state, record, survey.seen, survey.held, claim.intents, time.time())
+                        self._fence_all(state, record)
                     elif record.fault != fault:
                         record.fault = fault
                         self._report(f"GPU {gpu} is not offered: {fault}")
                     self._store.save(state)
         if claim.intents:
             self._report(f"took over {len(claim.intents)} unfinished change(s) of processes that are gone")
+
+    def _fence_all(self, state: State, gpu: Gpu) -> None:
+        """Make the fences on a GPU agree with the inventory. A GPU where one can't be shut is not offered."""
+        users = {generation: a.uid for a in state.allocations for generation in a.instances}
+        for instance in gpu.instances:
+            if instance.intent is not None:
+                continue  # whoever is at work on it sees to its fence
+            uid = users.get(instance.generation)
+            try:
+                self._fence(gpu.uuid, instance.gi, instance.ci, uid)
+            except DeviceError as error:
+                if uid is None:
+                    instance.status, instance.note = "quarantined", instance.note or str(error)
+                    gpu.fault = str(error)
+                else:
+                    self._report(f"instance {instance.uuid} of user {uid}: {error}")
 
     def _survey(self, gpu: str) -> Survey:
         seen = self._device.instances(gpu)
@@ -483,6 +534,9 @@ class Controller:
                     for job, g in grant.granted(self.config.run_dir).items()
                 }
                 inventory.recover(state, self._boot_id, self.config.gpus, surveys, grants, time.time())
+                for record in state.gpus:
+                    if record.uuid in surveys:
+                        self._fence_all(state, record)
                 for run, *_ in grants.values():
                     if state.of_run(run) is None:
                         self._forget(run)  # its UUIDs come back for others, whom it must not rob at the next recovery
@@ -525,11 +579,18 @@ def open_device(config: Config, boot_id: str) -> Device:
             from rms.simulated import SimulatedDevice
 
             return SimulatedDevice(
-                sim.file, sim.model, sim.gpus, config.gpus, boot_id, sim.create_seconds, sim.destroy_seconds
+                sim.file,
+                sim.model,
+                sim.gpus,
+                config.gpus,
+                boot_id,
+                sim.create_seconds,
+                sim.destroy_seconds,
+                sim.nodes if config.fence else "",
             )
         from rms.nvml import NvmlDevice
 
-        return NvmlDevice(config.gpus)
+        return NvmlDevice(config.gpus, config.driver_root, config.fence)
     except (DeviceError, RequestError) as error:
         raise NodeError(f"cannot open the GPUs: {error}") from error
     except ImportError as error:

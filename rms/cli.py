@@ -21,6 +21,7 @@ from rms.errors import NodeError, RmsError
 
 if TYPE_CHECKING:
     from rms.geometry import Geometry
+    from rms.inventory import State
     from rms.nvml import NvmlDevice
 
 
@@ -142,8 +143,9 @@ def doctor(options: argparse.Namespace) -> int:
     with _real(settings) as device:
         from rms.doctor import describe, examine, report
 
-        found = examine(device)
-    print(json.dumps(report(found), indent=2) + "\n" if options.json else describe(found), end="")
+        found = examine(device, _state(settings))
+    fenced = settings.fence
+    print(json.dumps(report(found, fenced), indent=2) + "\n" if options.json else describe(found, fenced), end="")
     return NodeError.code if any(one.problems for one in found) else 0
 
 
@@ -172,6 +174,17 @@ def mig(options: argparse.Namespace) -> int:
 
 def _settings(options: argparse.Namespace) -> config.Config:
     return config.load(options.config.replace("%n", options.node), options.node)
+
+
+def _state(settings: config.Config) -> State:
+    """What RMS knows of the GPUs; nothing where its state can't be read, about which `rms show` has more to say."""
+    from rms.inventory import State
+    from rms.store import Damaged, Store
+
+    try:
+        return Store(settings.state_dir, 0.0).glance()
+    except (NodeError, Damaged):
+        return State()
 
 
 @contextmanager

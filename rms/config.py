@@ -19,6 +19,8 @@ class Simulated(NamedTuple):
     gpus: int
     create_seconds: float = 0.0
     destroy_seconds: float = 0.0
+    nodes: str = ""
+    """A directory for their capability nodes; empty: they have none, and there is nothing to fence."""
 
 
 class Config(NamedTuple):
@@ -40,6 +42,10 @@ class Config(NamedTuple):
     """How long a release waits for processes that outlive their job, before the instance is quarantined."""
     interactive_wait_seconds: float = 60.0
     """How long the Prolog of a job that can't be requeued (srun, salloc) waits for room."""
+    fence: bool = True
+    """Whether only the user of a job may open its instances. Without, every user of the node may open any instance."""
+    driver_root: str = "/"
+    """Where the driver's /proc and /dev are; another directory only in tests."""
     boot_id_file: str = "/proc/sys/kernel/random/boot_id"
     """Another file only in tests, to play a reboot."""
 
@@ -55,6 +61,8 @@ _KEYS: dict[str, tuple[type, ...]] = {
     "deadline_seconds": _NUMBER,
     "holder_seconds": _NUMBER,
     "interactive_wait_seconds": _NUMBER,
+    "fence": (bool,),
+    "driver_root": (str,),
     "boot_id_file": (str,),
 }
 _SIMULATED: dict[str, tuple[type, ...]] = {
@@ -63,6 +71,7 @@ _SIMULATED: dict[str, tuple[type, ...]] = {
     "gpus": (int,),
     "create_seconds": _NUMBER,
     "destroy_seconds": _NUMBER,
+    "nodes": (str,),
 }
 
 
@@ -87,7 +96,9 @@ def load(path: str, node: str) -> Config:
             if key not in data["simulated"]:
                 raise NodeError(f"{path}: simulated.{key} is missing")
         simulated = Simulated(**data.pop("simulated"))
-        simulated = simulated._replace(file=simulated.file.replace("%n", node))
+        simulated = simulated._replace(
+            file=simulated.file.replace("%n", node), nodes=simulated.nodes.replace("%n", node)
+        )
     texts = {key: value.replace("%n", node) for key, value in data.items() if isinstance(value, str)}
     return Config(**{**data, **texts, "gpus": tuple(gpus), "simulated": simulated})
 
@@ -96,7 +107,7 @@ def _check(path: str, data: dict[str, Any], keys: dict[str, tuple[type, ...]], p
     for key, value in data.items():
         if key not in keys:
             raise NodeError(f"{path}: unknown key {prefix}{key}; known: {' '.join(keys)}")
-        if not isinstance(value, keys[key]) or isinstance(value, bool):
+        if not isinstance(value, keys[key]) or isinstance(value, bool) != (bool in keys[key]):
             expected = " or ".join(kind.__name__ for kind in keys[key])
             raise NodeError(f"{path}: {prefix}{key} must be {expected}, not {type(value).__name__}")
         if isinstance(value, _NUMBER) and not value >= 0:

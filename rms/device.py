@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from rms.geometry import Geometry, Placement
+
+if TYPE_CHECKING:
+    from rms.fence import Capability
 
 
 class Nvml(enum.IntEnum):
@@ -89,7 +92,10 @@ class Device(Protocol):
         """`MIG-...`, the name for CUDA_VISIBLE_DEVICES. The same place may get the same one again: never a key."""
 
     def holders(self, gpu: str, gi: int, ci: int) -> Sequence[int]:
-        """Process ids that hold the instance now."""
+        """Process ids that hold the instance now, or have its capability nodes open."""
+
+    def capabilities(self, gpu: str, gi: int, ci: int | None) -> Sequence[Capability]:
+        """What a process needs to use the instance (rms.fence). Empty where there is nothing to fence."""
 
     def close(self) -> None:
         """End the session."""

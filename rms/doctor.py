@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from rms import geometry
+from rms import fence, geometry
 from rms.device import DeviceError
+from rms.inventory import State
 from rms.nvml import Board, NvmlDevice
 
 
@@ -18,8 +20,8 @@ class Examined(NamedTuple):
     problems: tuple[str, ...]
 
 
-def examine(device: NvmlDevice) -> list[Examined]:
-    """Every GPU that the config names."""
+def examine(device: NvmlDevice, state: State) -> list[Examined]:
+    """Every GPU that the config names. `state` is what RMS knows of their instances."""
     found = []
     for gpu in device.gpus():
         try:
@@ -27,7 +29,7 @@ def examine(device: NvmlDevice) -> list[Examined]:
         except DeviceError as error:
             found.append(Examined(gpu, None, (str(error),)))
         else:
-            found.append(Examined(gpu, board, tuple(_problems(board))))
+            found.append(Examined(gpu, board, (*_problems(board), *_access(device, board, state))))
     return found
 
 
@@ -46,6 +48,30 @@ def _problems(board: Board) -> Iterator[str]:
     if board.mig and board.mig[0] and any(offer.placements is None for offer in board.offers):
         yield "NVML does not tell the placements: only root may ask"
     yield from (f"differs from geometry.json: {text}" for text in differences(board))
+
+
+def _access(device: NvmlDevice, board: Board, state: State) -> Iterator[str]:
+    """What is wrong with who may open the instances of a GPU, and who holds those that are quarantined."""
+    if not (board.mig and board.mig[0]) or any(offer.placements is None for offer in board.offers):
+        return  # it has no instances, or only root may ask for them
+    records = {i.gi: i for gpu in state.gpus if gpu.uuid == board.uuid for i in gpu.instances}
+    users = {generation: {a.uid} for a in state.allocations for generation in a.instances}
+    try:
+        if device.config and os.path.lexists(device.config.node) and fence.readers(device.config) != set():
+            yield f"{device.config.node}: others than root may open it, and destroy the instances of any job"
+        for instance in device.instances(board.uuid):
+            record = records.get(instance.gi)
+            if record and record.status == "quarantined":
+                pids = [] if instance.ci is None else device.holders(board.uuid, instance.gi, instance.ci)
+                who = ", ".join(f"{pid} ({_command(pid)}, uid {_user(pid)})" for pid in pids)
+                yield f"{instance.placement} is quarantined: {f'held by process {who}' if who else record.note}"
+            if record and record.intent is not None:
+                continue  # it is being given or taken just now
+            theirs = users.get(record.generation, set()) if record else set()
+            for capability in device.capabilities(board.uuid, instance.gi, instance.ci):
+                yield from (f"{instance.placement}: {text}" for text in fence.problems(capability, theirs))
+    except DeviceError as error:
+        yield str(error)
 
 
 def differences(board: Board) -> list[str]:
@@ -84,10 +110,18 @@ def _command(pid: int) -> str:
         return "gone, or in another container"
 
 
-def report(found: Sequence[Examined]) -> dict[str, Any]:
+def _user(pid: int) -> str:
+    try:
+        return str(os.stat(f"/proc/{pid}").st_uid)
+    except OSError:
+        return "unknown"
+
+
+def report(found: Sequence[Examined], fenced: bool) -> dict[str, Any]:
     """The same as one JSON object."""
     return {
         "schema": 1,
+        "fenced": fenced,
         "gpus": [
             {
                 "uuid": one.gpu,
@@ -100,9 +134,9 @@ def report(found: Sequence[Examined]) -> dict[str, Any]:
     }
 
 
-def describe(found: Sequence[Examined]) -> str:
+def describe(found: Sequence[Examined], fenced: bool) -> str:
     """The same for people; problems begin with `!`."""
-    lines = []
+    lines = [] if fenced else ["fence = false: every user of this node may open every instance"]
     for number, (gpu, board, problems) in enumerate(found):
         lines.append("  ".join([f"GPU {number}", *([board.name] if board else []), gpu]))
         if board:

@@ -14,12 +14,10 @@ from typing import Any, NamedTuple
 
 import pynvml
 
-from rms import geometry
+from rms import fence, geometry
 from rms.device import DeviceError, DeviceInstance, Nvml
+from rms.fence import Capability
 from rms.geometry import Geometry, Placement, Profile
-
-PROC = "/proc/driver/nvidia/gpus"
-"""Where the kernel module tells which GPU sits on which PCI address, without opening any."""
 
 _KINDS = {
     value: name.removeprefix("NVML_GPU_INSTANCE_PROFILE_")
@@ -62,9 +60,13 @@ class NvmlDevice:
     """A session with the driver, over the GPUs in `managed` (UUIDs or NVML indices); no other one is opened.
 
     A GPU that is named by UUID is opened when it is first asked for, so that one that is lost does not stop the others.
+    `root` is where the driver's /proc and /dev are; without `fenced` its capability nodes are left alone.
     """
 
-    def __init__(self, managed: Sequence[str | int]) -> None:
+    def __init__(self, managed: Sequence[str | int], root: str = "/", fenced: bool = True) -> None:
+        self._root = root
+        self._driver = fence.Driver(root) if fenced else None
+        self._minors: dict[str, int] = {}
         self._indices: dict[str, int] = {}
         self._gpus: dict[str, Any] = {}
         self._geometries: dict[str, Geometry] = {}
@@ -153,7 +155,21 @@ class NvmlDevice:
             on_it = _processes(device)
             # The whole GPU's list too: it has the processes of every compute instance that somebody made in this GI.
             beside = [process for process in _processes(self._gpu(gpu)) if process.gpuInstanceId == gi]
-        return sorted({int(process.pid) for process in (*on_it, *beside)})
+        opened = fence.holders(self.capabilities(gpu, gi, ci))
+        return sorted({int(process.pid) for process in (*on_it, *beside)} | set(opened))
+
+    def capabilities(self, gpu: str, gi: int, ci: int | None) -> Sequence[Capability]:
+        if self._driver is None:
+            return []
+        if gpu not in self._minors:
+            with _asking("read the minor number"):
+                self._minors[gpu] = int(pynvml.nvmlDeviceGetMinorNumber(self._gpu(gpu)))
+        return self._driver.capabilities(self._minors[gpu], gi, ci)
+
+    @property
+    def config(self) -> Capability | None:
+        """The capability to create and destroy instances of any GPU; None without fence."""
+        return self._driver.config() if self._driver else None
 
     def close(self) -> None:
         with suppress(pynvml.NVMLError):
@@ -214,7 +230,29 @@ class NvmlDevice:
     def _opened(self, gpu: str) -> Any:
         with _asking("open"):
             index = self._indices.get(gpu)
-            return _found(gpu) if index is None else pynvml.nvmlDeviceGetHandleByIndex(index)
+            return self._found(gpu) if index is None else pynvml.nvmlDeviceGetHandleByIndex(index)
+
+    def _found(self, gpu: str) -> Any:
+        # NVML opens one GPU after the other when it looks for a UUID, and fails where any of them is lost. Asked for a
+        # PCI address it opens that GPU alone, as for an index.
+        if address := self._address(gpu):
+            return pynvml.nvmlDeviceGetHandleByPciBusId(address)
+        try:
+            return pynvml.nvmlDeviceGetHandleByUUID(gpu)
+        except pynvml.NVMLError as error:
+            raise DeviceError(Nvml.NOT_FOUND if error.value in _ABSENT else error.value, "open") from error
+
+    def _address(self, gpu: str) -> str | None:
+        """The PCI address of a GPU, from the kernel module, which opens none for it. None where it does not tell: of a
+        GPU that nobody has opened yet."""
+        gpus = os.path.join(self._root, "proc/driver/nvidia/gpus")
+        with suppress(OSError):
+            for address in os.listdir(gpus):
+                path = f"{gpus}/{address}/information"
+                with suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+                    if gpu in file.read().split():
+                        return address
+        return None
 
     # Instances.
 
@@ -277,27 +315,6 @@ def _asking(what: str) -> Iterator[None]:
         yield
     except pynvml.NVMLError as error:
         raise DeviceError(error.value, what) from error
-
-
-def _found(gpu: str) -> Any:
-    # NVML opens one GPU after the other when it looks for a UUID, and fails where any of them is lost. Asked for a PCI
-    # address it opens that GPU alone, as for an index.
-    if address := _address(gpu):
-        return pynvml.nvmlDeviceGetHandleByPciBusId(address)
-    try:
-        return pynvml.nvmlDeviceGetHandleByUUID(gpu)
-    except pynvml.NVMLError as error:
-        raise DeviceError(Nvml.NOT_FOUND if error.value in _ABSENT else error.value, "open") from error
-
-
-def _address(gpu: str) -> str | None:
-    """The PCI address of a GPU. None where the kernel module does not tell: of a GPU that nobody has opened yet."""
-    with suppress(OSError):
-        for address in os.listdir(PROC):
-            with suppress(OSError), open(f"{PROC}/{address}/information", encoding="utf-8", errors="replace") as file:
-                if gpu in file.read().split():
-                    return address
-    return None
 
 
 def _pci(device: Any) -> str:

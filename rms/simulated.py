@@ -20,7 +20,11 @@ from filelock import FileLock
 
 from rms import files, geometry
 from rms.device import DeviceError, DeviceInstance, Nvml
+from rms.fence import Capability
 from rms.geometry import Geometry, Placement
+
+_MEM, _FIRST_NODE = 1, 1000
+"""Where no device is: the kernel's own /dev/null, /dev/zero and their like have few minors."""
 
 
 class SimulatedDevice:
@@ -29,6 +33,8 @@ class SimulatedDevice:
     `path` is their state file, made on first use with `count` GPUs of `model`; the journal is `path` + `.journal`, one
     JSON object a line: t (epoch), op, gpu, gi, ci, profile, start, size, uuid, pid, code (0 or NVML's error).
     `create` and `destroy` are seconds that each of the two creating and destroying calls takes, half of it each.
+    `nodes` is a directory for their capability nodes. No driver answers behind these: to open one is "no such device"
+    for whom the fence lets through, "permission denied" for all others.
     """
 
     def __init__(
@@ -40,8 +46,10 @@ class SimulatedDevice:
         boot_id: str,
         create: float = 0.0,
         destroy: float = 0.0,
+        nodes: str = "",
     ) -> None:
         self._path = path
+        self._nodes = nodes
         self._boot_id = boot_id
         self._seconds = {"create": create / 2, "destroy": destroy / 2}
         self._geometry = geometry.load(model)
@@ -115,6 +123,14 @@ class SimulatedDevice:
         with self._state() as state:
             _instance(_gpu(state, gpu), gi, ci)
             return _holders(state, gpu, gi, ci)
+
+    def capabilities(self, gpu: str, gi: int, ci: int | None) -> Sequence[Capability]:
+        if not self._nodes:
+            return []
+        number = next(i for i, fresh in enumerate(self._fresh) if fresh["uuid"] == gpu)
+        first = _FIRST_NODE + 135 * number + 9 * gi  # in the driver's order
+        minors = [first, *([] if ci is None else [first + 1 + ci])]
+        return [Capability(f"{self._nodes}/nvidia-cap{minor}", os.makedev(_MEM, minor)) for minor in minors]
 
     def close(self) -> None:
         """Nothing is kept open between calls."""

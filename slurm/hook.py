@@ -81,8 +81,13 @@ class Log:
         line = f"{self._verb}: job {self._job}: {printable(text, 900)}"
         syslog.syslog(syslog.LOG_NOTICE, line)
         if self.path:
-            with suppress(OSError), open(self.path, "a", encoding="utf-8") as file:
+            with suppress(OSError), open(self.path, "a", encoding="utf-8", opener=_unlinked) as file:
                 file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {line}\n")
+
+
+def _unlinked(path: str, flags: int) -> int:
+    # A site may have put the file where users write.
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
 
 
 def prolog(hook: Hook, config: Config, slurm_conf: str, log: Log) -> int:

@@ -19,7 +19,7 @@ import throwaway
 from hypothesis import HealthCheck, settings
 
 import controller as local
-from rms import config, grant, planner
+from rms import config, fence, grant, planner
 from rms.geometry import Placement
 from rms.inventory import Run, State
 from rms.nvml import NvmlDevice
@@ -52,8 +52,11 @@ class Node:
             "boot_id_file": str(root / "boot_id"),
             "deadline_seconds": 20,
             "holder_seconds": 0,
+            "fence": os.geteuid() == 0,
         }
-        self.simulated: dict[str, Any] = {"file": str(root / "gpus.json"), "model": "A100-80GB", "gpus": 2}
+        self.simulated: dict[str, Any] = {
+            "file": str(root / "gpus.json"), "model": "A100-80GB", "gpus": 2, "nodes": str(root / "nodes"),
+        }  # fmt: skip
         self.toml = root / "rms.toml"
         self.log: list[str] = []
         self.booted = 0
@@ -76,15 +79,17 @@ class Node:
                 self.simulated[key.removeprefix("sim_")] = value
             else:
                 self.settings[key] = value
-        lines = [f"{key} = {json.dumps(value)}" for key, value in self.settings.items()]
-        if self.backend == "simulated":
-            lines += ["[simulated]", *(f"{key} = {json.dumps(value)}" for key, value in self.simulated.items())]
-        else:
-            sim = self.simulated
+        section: dict[str, Any] = self.simulated
+        if self.backend == "nvml":
+            sim, section = self.simulated, {}
             seconds = (sim.get("create_seconds", 0.0), sim.get("destroy_seconds", 0.0))
             boot_id_file = self.settings["boot_id_file"]
             self.machine = standin.Machine(Path(sim["file"]), [sim["model"]] * sim["gpus"], boot_id_file, *seconds)
             self.machine.use()
+            self.settings["driver_root"] = str(self.machine.root)
+        lines = [f"{key} = {json.dumps(value)}" for key, value in self.settings.items()]
+        if section:
+            lines += ["[simulated]", *(f"{key} = {json.dumps(value)}" for key, value in section.items())]
         self.toml.write_text("".join(f"{line}\n" for line in lines))
 
     @property
@@ -154,7 +159,8 @@ class Node:
         if self.backend == "nvml":
             return standin.Hands(self.machine)
         sim = self.simulated
-        return SimulatedDevice(sim["file"], sim["model"], sim["gpus"], range(sim["gpus"]), config.boot_id(self.config))
+        boot_id = config.boot_id(self.config)
+        return SimulatedDevice(sim["file"], sim["model"], sim["gpus"], range(sim["gpus"]), boot_id, nodes=sim["nodes"])
 
     def journal(self, since_boot: bool = True) -> list[dict[str, Any]]:
         """What the device was made to do."""
@@ -182,6 +188,7 @@ class Node:
         device = self.device()
         assert state.intents == []
         assert all(a.granted for a in state.allocations), state.allocations
+        users = {generation: a.uid for a in state.allocations for generation in a.instances}
         held = [g for a in state.allocations for g in a.instances]
         assert len(held) == len(set(held)), "an instance belongs to two runs"
         busy = [i.generation for gpu in state.gpus for i in gpu.instances if i.status == "busy"]
@@ -194,6 +201,10 @@ class Node:
             actual = {(i.gi, i.ci, i.uuid, i.placement) for i in device.instances(gpu.uuid)}
             assert records == actual, f"{gpu.uuid}: the inventory and the GPU differ"
             assert all(i.status in ("idle", "busy", "quarantined") and i.intent is None for i in gpu.instances)
+            for instance in gpu.instances if self.settings["fence"] and gpu.uuid in managed else ():
+                wanted = {users[instance.generation]} if instance.generation in users else set()
+                for capability in device.capabilities(gpu.uuid, instance.gi, instance.ci):
+                    assert fence.readers(capability) == wanted, f"{instance} may be opened by others"
         grants = grant.granted(self.config.run_dir)
         jobs = {a.run.job for a in state.allocations}
         assert jobs - {unanswered} <= set(grants) <= jobs, "grants and allocations differ"

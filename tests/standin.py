@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import shutil
+import stat
 import subprocess
 import tempfile
 import uuid
@@ -59,7 +60,10 @@ class Machine:
     `use` makes it the one that NVML shows to this process; `environment` does so for others. Options of the stand-in:
     `high` gives the last MIG index first, `odd-ids` other GI ids than the usual ones, `passthrough` has GPUs that the
     driver can't reset, `stale` sessions that do not see the MIG devices which others make, `no-persistence`. `broken`
-    is the code that opening NVML fails with.
+    is the code that opening NVML fails with, `modify` the driver's NVreg_ModifyDeviceFiles.
+
+    The driver's /proc and /dev are in `root`. Behind the nodes of its capabilities is no device, so that to open one is
+    ENXIO for whom its permissions let through; but GI 2 of GPU 0 has /dev/full, which can be held open.
     """
 
     def __init__(
@@ -72,8 +76,10 @@ class Machine:
         options: Sequence[str] = (),
         privileged: int | None = None,
         broken: int = 0,
+        modify: bool = True,
     ) -> None:
         self.path = path
+        self.root = Path(f"{path}.root")
         self.models = list(models)
         self.uuids = [f"GPU-{uuid.uuid5(uuid.NAMESPACE_URL, f'{path}/{number}')}" for number in range(len(models))]
         seconds = {CREATE_GI: create / 2, CREATE_CI: create / 2, DESTROY_GI: destroy / 2, DESTROY_CI: destroy / 2}
@@ -82,6 +88,7 @@ class Machine:
             f"privileged {os.geteuid() if privileged is None else privileged}",
             f"boot {boot_id_file}",
             f"broken {broken}",
+            f"modify {modify:d}",
             *(f"option {option}" for option in options),
             *(f"latency {call} {round(each * 1000)}" for call, each in seconds.items()),
         ]
@@ -92,6 +99,34 @@ class Machine:
             lines.append(f"gpu {gpu} {different.index(model)} {number} {self.address(number)}")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(f"{line}\n" for line in lines))
+        self._capabilities()
+
+    def _capabilities(self) -> None:
+        minors = {"config": 1001, "monitor": 1002}
+        for gpu in range(len(self.models)):
+            for gi in range(15):
+                minors[f"gpu{gpu}/gi{gi}/access"] = len(minors) + 1001
+                minors |= {f"gpu{gpu}/gi{gi}/ci{ci}/access": len(minors) + 1001 + ci for ci in range(8)}
+        minors["gpu0/gi2/access"] = os.minor(os.stat("/dev/full").st_rdev)
+        for directory in ["dev/nvidia-caps", "proc/driver/nvidia-caps"]:
+            (self.root / directory).mkdir(parents=True, exist_ok=True)
+        for gpu in range(len(self.models)):
+            (self.root / f"proc/driver/nvidia/capabilities/gpu{gpu}/mig").mkdir(parents=True, exist_ok=True)
+        devices = "Character devices:\n  1 mem\n  1 nvidia-caps\n  2 nvidia-caps-imex-channels\n\nBlock devices:\n"
+        (self.root / "proc/devices").write_text(devices)
+        text = "".join(f"{name} {minor}\n" for name, minor in minors.items())
+        (self.root / "proc/driver/nvidia-caps/mig-minors").write_text(text)
+
+    def modprobe(self) -> None:
+        """What NVIDIA's setuid nvidia-modprobe does for any user who asks: nodes as the driver's entries want them."""
+        for entry in self.root.glob("proc/driver/nvidia/capabilities/**/access"):
+            values = dict(line.split(": ") for line in entry.read_text().splitlines())
+            if values["DeviceFileModify"] == "1":
+                node = self.root / f"dev/nvidia-caps/nvidia-cap{values['DeviceFileMinor']}"
+                if not node.exists():
+                    os.mknod(node, 0o444 | stat.S_IFCHR, os.makedev(1, int(values["DeviceFileMinor"])))
+                node.chmod(int(values["DeviceFileMode"]))
+                os.chown(node, 0, 0)
 
     @staticmethod
     def address(number: int) -> str:
@@ -126,7 +161,7 @@ class Machine:
     def device(self, managed: Sequence[str | int] | None = None) -> Iterator[NvmlDevice]:
         """A session with all its GPUs, or with those named."""
         self.use()
-        device = NvmlDevice(range(len(self.models)) if managed is None else managed)
+        device = NvmlDevice(range(len(self.models)) if managed is None else managed, str(self.root))
         try:
             yield device
         finally:
@@ -153,6 +188,7 @@ class Machine:
             for instance in [line for line in lines if line.startswith(f"gi {gpu} ")]:
                 *_, gi, _, _, serial = instance.split()
                 lines[:] = [line for line in lines if line != instance and not line.startswith(f"ci {serial} ")]
+                shutil.rmtree(self.root / f"proc/driver/nvidia/capabilities/gpu{gpu}/mig/gi{gi}")
                 entry = {"op": "destroy_gpu_instance", "gpu": self.uuids[gpu], "gi": int(gi), "code": 0}
                 journal.write(json.dumps(entry) + "\n")
 
@@ -172,14 +208,13 @@ class Machine:
         path = Path(f"{self.path}.journal")
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def kernel(self, root: Path, known: Sequence[int]) -> Path:
-        """A tree like /proc/driver/nvidia/gpus in `root`; the kernel module tells the UUIDs of the GPUs `known`."""
+    def kernel(self, known: Sequence[int]) -> None:
+        """Fill /proc/driver/nvidia/gpus; the kernel module tells the UUIDs of the GPUs `known`."""
         for number, gpu in enumerate(self.uuids):
-            directory = root / self.address(number)
+            directory = self.root / "proc/driver/nvidia/gpus" / self.address(number)
             directory.mkdir(parents=True, exist_ok=True)
             shown = gpu if number in known else "GPU-????????-????-????-????-????????????"
             (directory / "information").write_text(f"Model: \t\t {self.models[number]}\nGPU UUID: \t {shown}\n")
-        return root
 
 
 class Hands:

@@ -26,7 +26,7 @@ from rms.simulated import SimulatedDevice
 
 WORLD: list[tuple[Any, str]] = [
     *((os, name) for name in ("open", "write", "pwrite", "fsync", "rename", "replace", "link", "unlink")),
-    *((os, name) for name in ("fchmod", "chmod", "ftruncate", "makedirs", "mkdir")),
+    *((os, name) for name in ("fchmod", "chmod", "chown", "setxattr", "mknod", "ftruncate", "makedirs", "mkdir")),
     (fcntl, "flock"),
     (SimulatedDevice, "_log"),
     *((SimulatedDevice, f"{verb}_{what}_instance") for verb in ("create", "destroy") for what in ("gpu", "compute")),
@@ -106,6 +106,15 @@ class Snapshot:
         self.root = root
         self.folders = [path for path in root.rglob("*") if path.is_dir()]
         self.files = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        self.devices = {
+            path: (
+                path.stat().st_mode,
+                path.stat().st_rdev,
+                {name: os.getxattr(path, name) for name in os.listxattr(path)},
+            )
+            for path in root.rglob("*")
+            if path.is_char_device()
+        }
 
     def restore(self) -> None:
         """Put everything back as it was."""
@@ -114,6 +123,11 @@ class Snapshot:
             folder.mkdir(parents=True, exist_ok=True)
         for path, data in self.files.items():
             path.write_bytes(data)
+        for path, (mode, device, attributes) in self.devices.items():
+            os.mknod(path, mode, device)
+            path.chmod(mode)
+            for name, value in attributes.items():
+                os.setxattr(path, name, value)
 
 
 def killed_in(node: Node, act: Callable[[], object], where: str, times: int = 1) -> None:

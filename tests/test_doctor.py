@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import pytest
 from conftest import Node
 from standin import DESTROY_CI, Machine
 
-from rms import cli, geometry, nvml
+from rms import cli, fence, geometry
 from rms.device import Nvml
 from rms.doctor import describe, examine
+from rms.inventory import State
 
 BACKENDS = ["nvml"]
 
@@ -91,8 +93,8 @@ def test_doctor_says_what_is_wrong(node: Node, rms: Rms) -> None:
 @pytest.mark.parametrize("model", [*geometry.models(), "L4"])
 def test_doctor_on_every_model(fast_dir: Path, model: str) -> None:
     with Machine(fast_dir / "machine", [model], options=["no-persistence"]).device() as device:
-        (found,) = examine(device)
-    text = describe([found])
+        (found,) = examine(device, State())
+    text = describe([found], True)
     assert ("it has no MIG mode" in text) == (model == "L4")
     assert "persistence mode is off, which makes" in text
     assert "differs" not in text
@@ -102,7 +104,7 @@ def test_doctor_on_every_model(fast_dir: Path, model: str) -> None:
 
 def test_doctor_without_the_right_to(fast_dir: Path) -> None:
     with Machine(fast_dir / "machine", ["A30"], privileged=os.geteuid() + 1).device() as device:
-        (found,) = examine(device)
+        (found,) = examine(device, State())
     assert found.problems == ("NVML does not tell the placements: only root may ask",)
 
 
@@ -115,7 +117,7 @@ def test_doctor_compares_with_the_data(fast_dir: Path) -> None:
         text = text.replace(old, new)
     machine.path.write_text(text)
     with machine.device() as device:
-        (found,) = examine(device)
+        (found,) = examine(device, State())
     rest = "at most 7, 1 compute slices, placements {0,1,2,3,4,5,6}:1"
     assert found.problems == (
         f"differs from geometry.json: 1g.10gb is id 18, {rest} here, id 19, {rest} there",
@@ -212,8 +214,8 @@ def test_one_gpu_that_fails_does_not_stop_the_others(node: Node, rms: Rms) -> No
     assert out == f"GPU {node.machine.uuids[1]}: MIG mode is on\n"
 
 
-def test_only_gpus_of_the_configuration(node: Node, rms: Rms, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvml, "PROC", str(node.machine.kernel(node.root / "proc", [0, 1])))
+def test_only_gpus_of_the_configuration(node: Node, rms: Rms) -> None:
+    node.machine.kernel([0, 1])
     node.configure(gpus=[node.machine.uuids[1]])
     for name in ("0", node.machine.uuids[0]):
         assert (
@@ -232,3 +234,37 @@ def test_a_disable_that_fails_half_way(node: Node, rms: Rms) -> None:
     assert node.acquire(2, "7g:2")
     node.check()
     node.check_empties()
+
+
+# The fence.
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="device nodes need root")
+def test_who_may_open_what(node: Node, rms: Rms) -> None:
+    node.acquire(1, "3g,1g")
+    node.acquire(2, "2g")
+    node.release(2)
+    assert json.loads(rms("doctor", "--json")[0])["fenced"] is True
+    hands = node.device()
+    uuids = {g.uuid: g.placement for g in node.acquire(1, "3g,1g")}
+    nodes = {}
+    for gpu in hands.gpus():
+        for found in hands.instances(gpu):
+            nodes[found.placement.profile] = hands.capabilities(gpu, found.gi, found.ci)
+            assert (found.uuid in uuids) == (found.placement.profile != "2g.20gb")
+    Path(nodes["2g.20gb"][0].node).chmod(0o444)
+    fence.fence(nodes["3g.40gb"], 1234)
+    entry = Path(nodes["1g.10gb"][1].entry)
+    entry.write_text(entry.read_text().replace("Modify: 0", "Modify: 1"))
+    config = node.machine.root / "dev/nvidia-caps/nvidia-cap1001"
+    os.mknod(config, 0o444 | stat.S_IFCHR, os.makedev(1, 1001))
+    out, _ = rms("doctor", code=6)
+    for text in (
+        f": {nodes['2g.20gb'][0].node} may be opened by every user\n",
+        f": {nodes['3g.40gb'][1].node} may be opened by user 1234; it should be user 1000\n",
+        f"nvidia-modprobe may open {nodes['1g.10gb'][1].node} to every user, {entry} does not forbid it\n",
+        f"! {config}: others than root may open it, and destroy the instances of any job\n",
+    ):
+        assert text in out
+    node.configure(fence=False)
+    assert rms("doctor")[0].startswith("fence = false: every user of this node may open every instance\nGPU 0")

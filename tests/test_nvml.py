@@ -328,12 +328,12 @@ def test_every_error_comes_through(machine: Machine, device: NvmlDevice, code: i
 # Opening.
 
 
-def test_no_other_gpu_is_opened(fast_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_other_gpu_is_opened(fast_dir: Path) -> None:
     machine = Machine(fast_dir / "machine", ["A100-80GB"] * 4)
     with machine.device([2]) as device:
         device.instances(device.gpus()[0])
     assert machine.opened() == {2}
-    monkeypatch.setattr(nvml, "PROC", str(machine.kernel(fast_dir / "proc", [1, 2])))
+    machine.kernel([1, 2])
     with machine.device([machine.uuids[1]]) as device:
         assert device.gpus() == [machine.uuids[1]]
         assert machine.opened() == {2}, "not before it is asked for"
@@ -345,10 +345,10 @@ def test_no_other_gpu_is_opened(fast_dir: Path, monkeypatch: pytest.MonkeyPatch)
     assert machine.opened() == {0, 1, 2}
 
 
-def test_a_lost_gpu_does_not_stop_the_others(fast_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_gpu_does_not_stop_the_others(fast_dir: Path) -> None:
     machine = Machine(fast_dir / "machine", ["A100-80GB"] * 3)
     machine.fail("*", Nvml.GPU_IS_LOST, gpu=0, times=-1)
-    monkeypatch.setattr(nvml, "PROC", str(machine.kernel(fast_dir / "proc", [0, 1])))
+    machine.kernel([0, 1])
     with machine.device(machine.uuids) as device:
         assert device.gpus() == machine.uuids
         made(device, LARGE, 4, number=1)

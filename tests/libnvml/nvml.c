@@ -5,6 +5,7 @@
  *   MACHINE.lock     flock'd around every call: all processes see one machine
  *   MACHINE.journal  one JSON object for each operation, as rms/simulated.py writes them
  *   MACHINE.opened   the number of every GPU that was initialised, one a line
+ *   MACHINE.root     the driver's /proc and /dev: entries of capabilities, and their nodes
  * Written from nvml.h and facts about the driver, not from a GPU: it shows that the backend speaks NVML as documented,
  * and nothing about hardware. What a comment calls NVML's is so documented; the rest is made to be hard on the caller.
  */
@@ -17,6 +18,7 @@
 #include <string.h>
 #include <sys/file.h>
 #include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -60,7 +62,7 @@ typedef struct {
 typedef struct { int model, minor; char uuid[64], bus[32]; } Gpu;
 static struct {
     char path[4096], driver[80], boot[4096];
-    int privileged, broken, high, odd_ids, forgetful, passthrough, stale, models, profiles, gpus, latencies;
+    int privileged, broken, high, odd_ids, forgetful, passthrough, stale, modify, models, profiles, gpus, latencies;
     Model model[MOST];
     Profile profile[512];
     Gpu gpu[MOST];
@@ -112,6 +114,39 @@ static void write_last(void) {
     FILE *file = beside("journal", "ae");
     fprintf(file, "%s\n", state.last);
     fclose(file);
+}
+
+/* NVML's: a GPU instance (ci -1) or compute instance has an entry in /proc while it exists, a new one each time; and
+ * where that does not forbid it, NVML lets nvidia-modprobe make its node, for everybody to read, or make it so again.
+ * The line to be overwritten comes first, since these are plain files. */
+static void capability(int gpu, int gi, int ci, int there) {
+    char name[64], word[64], directory[4300], path[4400];
+    int number, minor = -1;
+    FILE *file;
+    snprintf(name, sizeof name, ci < 0 ? "gi%d" : "gi%d/ci%d", gi, ci);
+    snprintf(directory, sizeof directory, "%s.root/proc/driver/nvidia/capabilities/gpu%d/mig/%s", machine.path,
+             machine.gpu[gpu].minor, name);
+    snprintf(path, sizeof path, "%s/access", directory);
+    if (!there) {
+        unlink(path);
+        rmdir(directory);
+        return;
+    }
+    snprintf(path, sizeof path, "%s.root/proc/driver/nvidia-caps/mig-minors", machine.path);
+    if (!(file = fopen(path, "re"))) return;
+    snprintf(path, sizeof path, "gpu%d/%s/access", machine.gpu[gpu].minor, name);
+    while (minor < 0 && fscanf(file, "%63s %d", word, &number) == 2)
+        if (!strcmp(word, path)) minor = number;
+    fclose(file);
+    mkdir(directory, 0755);
+    snprintf(path, sizeof path, "%s/access", directory);
+    if (!(file = fopen(path, "we"))) return;
+    fprintf(file, "DeviceFileModify: %d\nDeviceFileMinor: %d\nDeviceFileMode: 292\n", machine.modify, minor);
+    fclose(file);
+    if (!machine.modify) return;
+    snprintf(path, sizeof path, "%s.root/dev/nvidia-caps/nvidia-cap%d", machine.path, minor);
+    if (mknod(path, S_IFCHR | 0444, makedev(1, minor)) && errno != EEXIST) return;
+    if (chmod(path, 0444) || chown(path, 0, 0)) return;
 }
 
 static void save(void) {
@@ -178,6 +213,10 @@ static void load(void) {
             state.mig[i] = state.pending[i] = lost ? 0 : state.pending[i];
         }
         snprintf(state.boot, sizeof state.boot, "%s", boot);
+        for (int i = 0; i < state.cis; i++)
+            for (int j = 0; j < state.gis; j++)
+                if (state.gi[j].serial == state.ci[i].gi) capability(state.gi[j].gpu, state.gi[j].id, state.ci[i].id, 0);
+        for (int i = 0; i < state.gis; i++) capability(state.gi[i].gpu, state.gi[i].id, -1, 0);
         state.gis = state.cis = state.holds = state.faults = 0;
         save();
     }
@@ -340,6 +379,7 @@ int nvmlInitWithFlags(unsigned flags) {
         sscanf(line, "boot %4095[^\n]", machine.boot);
         sscanf(line, "privileged %d", &machine.privileged);
         sscanf(line, "broken %d", &machine.broken);
+        sscanf(line, "modify %d", &machine.modify);
         machine.high |= !strcmp(line, "option high");
         machine.odd_ids |= !strcmp(line, "option odd-ids");
         machine.forgetful |= !strcmp(line, "option no-persistence");
@@ -553,6 +593,7 @@ int nvmlDeviceCreateGpuInstanceWithPlacement(Handle device, unsigned id, const P
     *gi = (Gi){gpu, gi_id(p, gpu, place->start), id, place->start, ++state.serial};
     state.gis++;
     *out = handle(GI, gi->serial);
+    capability(gpu, gi->id, -1, 1);
     return end(done("create_gpu_instance", gpu, gi, NULL, SUCCESS));
 }
 
@@ -567,7 +608,12 @@ int nvmlGpuInstanceDestroy(Handle instance) {
         if (state.ci[i].gi == gi->serial) code = IN_USE;
     if (held(gpu, gi->id, -1) || held(gpu, -1, -1)) code = IN_USE;
     done("destroy_gpu_instance", gpu, gi, NULL, code);
-    if (!code) *gi = state.gi[--state.gis];
+    if (!code) {
+        int id = gi->id;
+        *gi = state.gi[--state.gis];
+        save();
+        capability(gpu, id, -1, 0);
+    }
     return end(code);
 }
 
@@ -651,6 +697,7 @@ int nvmlGpuInstanceCreateComputeInstance(Handle instance, unsigned kind, Handle 
     *ci = (Ci){gi->serial, id, slices, index, ++state.serial};
     horizon = state.serial + 1;
     *out = handle(CI, ci->serial);
+    capability(gpu, gi->id, ci->id, 1);
     return end(done("create_compute_instance", gpu, gi, ci, SUCCESS));
 }
 
@@ -664,7 +711,12 @@ int nvmlComputeInstanceDestroy(Handle instance) {
     }
     if (held(gpu, gi->id, ci->id)) code = IN_USE;
     done("destroy_compute_instance", gpu, gi, ci, code);
-    if (!code) *ci = state.ci[--state.cis];
+    if (!code) {
+        int id = ci->id;
+        *ci = state.ci[--state.cis];
+        save();
+        capability(gpu, gi->id, id, 0);
+    }
     return end(code);
 }
 
