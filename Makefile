@@ -2,15 +2,24 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+NEWEST := tests/test_throwaway.py tests/test_ask.py tests/test_lua.py tests/test_slurm.py tests/test_watch.py
 SLURM_PACKAGES := slurm-wlm slurm-wlm-basic-plugins slurm-client munge
 
-.PHONY: demo test check bench bench-policy clean
+.PHONY: demo test newest check bench bench-policy clean
 
 demo: $(VENV)/installed | slurm
 	$(BIN)/python tests/demo.py
 
 test: $(VENV)/tools | slurm compiler
 	$(BIN)/python -m pytest $(TESTS)
+
+# The way of a job, and asking slurmctld, on the newest Slurm that Debian has: in a chroot of Debian testing, which is
+# made once (some minutes) and kept in the user's cache. Where it can't be made that is said, and no fault.
+newest:
+	@command -v mmdebstrap >/dev/null || $(MAKE) --no-print-directory packages PACKAGES=mmdebstrap || true
+	@timeout 600 tests/newest.sh build || true
+	@if tests/newest.sh there; then tests/newest.sh run python3 -m pytest -p no:cacheprovider -m slurm $(NEWEST); \
+	else echo "rms: !!!!! NOT TESTED ON THE NEWEST SLURM: its chroot could not be made here (tests/newest.sh build) !!!!!"; fi
 
 check: $(VENV)/tools
 	$(BIN)/ruff check .

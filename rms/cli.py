@@ -66,6 +66,22 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--write", metavar="DIR", help="write the files into DIR instead of printing them")
 
     verb = verbs.add_parser(
+        "watch", allow_abbrev=False, help="a service beside slurmctld: large jobs do not starve (docs/slurm.md)"
+    )
+    verb.set_defaults(verb=watch)
+    verb.add_argument("--slurm-conf", metavar="PATH", default="/etc/slurm/slurm.conf", help="default: %(default)s")
+    verb.add_argument(
+        "--gpus",
+        type=int,
+        default=4,
+        metavar="K",
+        help="keep room on so many GPUs at most, in all (default: %(default)s)",
+    )
+    verb.add_argument(
+        "--seconds", type=float, default=2.0, metavar="S", help="between two looks at the queue (default: %(default)s)"
+    )
+
+    verb = verbs.add_parser(
         "simulate", allow_abbrev=False, help="policies side by side on recorded or made-up jobs (docs/simulate.md)"
     )
     verb.set_defaults(verb=simulate)
@@ -211,6 +227,15 @@ def slurm_config(options: argparse.Namespace) -> int:
         for name, text in made.items():
             print(f"##### {os.path.join(os.path.dirname(options.slurm_conf), name)}\n{text}")
     return 0
+
+
+def watch(options: argparse.Namespace) -> int:
+    """Watch the queue, until ended. Nobody waits for it: what it has told the nodes expires."""
+    from slurm import watch as service
+
+    service.run(
+        options.slurm_conf, options.gpus, options.seconds, lambda text: print(text, file=sys.stderr, flush=True)
+    )
 
 
 def simulate(options: argparse.Namespace) -> int:

@@ -318,7 +318,7 @@ def plan(view: View, request: Request, end: float | None, choose: Choose = built
         offered = tuple(_leaving_room(view, candidates(view, profile), rest, end))
         choice = _checked(view, Asked(profile, end), offered, choose)
         decisions[position] = Decision(Asked(profile, end), offered, choice)
-        view = _after(view, choice.candidate, end)
+        view = after(view, choice.candidate, end)
     return [decision for decision in decisions if decision is not None]
 
 
@@ -331,7 +331,7 @@ def _leaving_room(view: View, found: list[Candidate], rest: Request, end: float 
         gpu = view.gpus[candidate.gpu]
         key = (frozenset(gpu.taken), candidate.placement)
         if key not in known:
-            known[key] = fits(_after(view, candidate, end), rest)
+            known[key] = fits(after(view, candidate, end), rest)
         if known[key]:
             kept.append(candidate)
     return kept
@@ -352,7 +352,8 @@ def _checked(view: View, asked: Asked, offered: Sequence[Candidate], choose: Cho
     return safe._replace(reason=f"{fault}; {safe.reason}")
 
 
-def _after(view: View, candidate: Candidate, end: float | None) -> View:
+def after(view: View, candidate: Candidate, end: float | None) -> View:
+    """The view once a candidate is taken by a job that ends at `end` (epoch, None if unknown)."""
     gpu = view.gpus[candidate.gpu]
     gone = (*candidate.destroys, candidate.placement)
     changed = gpu._replace(

@@ -1,7 +1,7 @@
 #!/bin/sh
 # The newest Slurm there is a Debian package of: a chroot of Debian testing, with pyslurm built for it.
 #
-#   tests/newest.sh build        make the chroot where it is missing (a minute or two, about 700 MB; root; needs mmdebstrap)
+#   tests/newest.sh build        make the chroot where it is missing (a minute or two, about 900 MB; root; needs mmdebstrap)
 #   tests/newest.sh there        succeeds if the chroot exists
 #   tests/newest.sh run CMD...   run a command in it, in this clone; it, and all that it starts, is gone afterwards
 #
@@ -50,10 +50,9 @@ build() {
     mkdir -p "$new/rms" "$new/opt"
     : >"$new/etc/resolv.conf"
     enter "$new" sh -eu tests/newest.sh inside
-    mv "$new" "$root"
-    for old in "$cache"/newest-*; do
-        [ "$old" = "$root" ] || rm -rf --one-file-system "$old"
-    done
+    mv -T "$new" "$root"
+    # What earlier versions of this file have made; others may still use it today.
+    find "$cache" -mindepth 1 -maxdepth 1 \( -name 'newest-*' -o -name 'making.*' \) ! -path "$root" -mtime +7 -exec rm -rf --one-file-system {} +
 }
 
 # Within the chroot: a Python with what the tests need, RMS itself, and pyslurm if it can be built.
@@ -85,6 +84,7 @@ there) [ -d "$root" ] ;;
 inside) inside ;;
 run)
     shift
+    touch "$root"
     enter "$root" "$@"
     ;;
 *)

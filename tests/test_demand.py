@@ -125,7 +125,7 @@ def test_room_that_is_kept_is_there_when_it_was_promised(data: st.DataObject) ->
         end = data.draw(st.none() | st.integers(101, 500).map(float))
         if decisions := planner.plan(planner.beside(view, kept, end), other, end):
             for decision in decisions:
-                view = planner._after(view, decision.choice.candidate, end)
+                view = planner.after(view, decision.choice.candidate, end)
             again = planner.first_room(view, wanted)
             assert again and again.free is not None and again.free <= kept.free, "it comes no later for that"
             kept = again
