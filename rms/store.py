@@ -21,6 +21,8 @@ from rms.inventory import State
 
 POLL_SECONDS = 0.005
 """How often a waiting process tries again: a held state lock is free again after about two syncs of the disk."""
+HARDWARE_POLL_SECONDS = 0.025
+"""The same for a GPU: it is held for as long as its hardware takes, and many who wait must not take the processor."""
 
 
 class Damaged(Exception):
@@ -71,7 +73,7 @@ class Store:
         """The locks of some GPUs, taken in order."""
         with ExitStack() as stack:
             for gpu in sorted(set(gpus)):
-                stack.enter_context(self._locked(f"{gpu}.lock", what))
+                stack.enter_context(self._locked(f"{gpu}.lock", what, HARDWARE_POLL_SECONDS))
             yield
 
     def save(self, state: State) -> None:
@@ -108,7 +110,7 @@ class Store:
             raise Damaged(f"{self.path} {fault}, and there is no previous generation", None) from None
 
     @contextmanager
-    def _locked(self, name: str, what: str) -> Iterator[None]:
+    def _locked(self, name: str, what: str, poll: float = POLL_SECONDS) -> Iterator[None]:
         from filelock import FileLock, Timeout  # most of a hook's start-up; the loop on standard input needs no lock
 
         path = os.path.join(self._directory, name)
@@ -116,7 +118,7 @@ class Store:
             path,
             timeout=max(0.0, self._deadline - time.monotonic()),
             mode=0o600,
-            poll_interval=POLL_SECONDS,
+            poll_interval=poll,
             preserve_lock_file=True,  # and no soft lock where flock is missing: it would outlive a killed process
             on_acquired=lambda descriptor: _sign(descriptor, what),
         )

@@ -43,6 +43,7 @@ model = "{model}"
 gpus = {gpus}
 create_seconds = {create}
 destroy_seconds = {destroy}
+nodes = "{root}/%n/nodes"
 """)
     made = site.files(model, gpus, f"n[1-{nodes}]", str(config), str(etc / "slurm.conf"))
     site.write(made, str(etc))

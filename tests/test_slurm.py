@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import sys
 import time
 import zlib
@@ -14,6 +15,8 @@ import pytest
 import records
 from rms_cluster import rms_cluster
 from throwaway import Cluster
+
+from rms.simulated import SimulatedDevice
 
 pytestmark = pytest.mark.slurm
 
@@ -44,7 +47,9 @@ def healthy(slurm: Cluster) -> Iterator[None]:
 
 def busy(slurm: Cluster) -> list[str]:
     """The runs that hold something, as `rms show` says."""
-    return [str(a["run"]) for a in json.loads(slurm.run(*rms(slurm), "show", "--json").stdout)["allocations"]]
+    return [
+        f"{a['job']}.{a['restart']}" for a in json.loads(slurm.run(*rms(slurm), "show", "--json").stdout)["allocations"]
+    ]
 
 
 def rms(slurm: Cluster) -> list[str]:
@@ -78,6 +83,77 @@ def test_batch_job_sees_exactly_its_instances(slurm: Cluster) -> None:
     made = {e["uuid"]: e["profile"] for e in journal if e["op"] == "create_compute_instance" and e["code"] == 0}
     assert [made[uuid] for uuid in uuids] == ["3g.40gb", "1g.10gb", "1g.10gb"]
     assert not (slurm.root / "n1" / "run" / "jobs" / str(job)).exists()
+
+
+def test_no_other_user_can_open_an_instance(slurm: Cluster) -> None:
+    nodes, now = slurm.root / "n1" / "nodes", slurm.root / "now"
+    look = f"for node in {nodes}/*; do (: <$node) 2>&1; done"
+    requests = ["--gres=mig:3g.40gb:1,mig:1g:1", "--gres=mig:1g:2"]
+    jobs = [
+        slurm.sbatch(f"while [ ! -e {now} ]; do sleep 0.1; done; {look}", request, user=user)
+        for request, user in zip(requests, slurm.users, strict=True)
+    ]
+    slurm.wait(lambda: all(f"job {job}.0: granted" in log(slurm) for job in jobs), 60, "both have what they asked for")
+    own = {job: set(slurm_paths(slurm, nodes, job)) for job in jobs}
+    everything = {str(path) for path in nodes.iterdir()}
+    now.touch()
+    slurm.wait_all(60)
+    for number, job in enumerate(jobs):
+        said = dict(line.split(": ")[-2:] for line in output(slurm, job, number).splitlines())
+        # There is no driver behind the nodes: for whom they are, that is what is found.
+        opened = {text.removeprefix("cannot open ") for text, why in said.items() if why == "No such device or address"}
+        refused = {text.removeprefix("cannot open ") for text, why in said.items() if why == "Permission denied"}
+        assert (opened, refused) == (own[job], everything - own[job])
+        assert len(opened) == 4
+    for user in slurm.users:
+        assert (
+            slurm.run("sh", "-c", look, user=user, check=False).stdout.count("Permission denied")
+            == len(everything)
+            >= 8
+        )
+
+
+def slurm_paths(slurm: Cluster, nodes: Path, job: int) -> list[str]:
+    """The device nodes of what a job has."""
+    uuids = (slurm.root / "n1" / "run" / "jobs" / str(job)).read_text().splitlines()[1:]
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    gpus = SimulatedDevice(str(slurm.root / "n1/gpus.json"), "A100-80GB", 2, [0, 1], boot_id, nodes=str(nodes))
+    there = [(gpu, i) for gpu in gpus.gpus() for i in gpus.instances(gpu) if i.uuid in uuids]
+    return [capability.node for gpu, i in there for capability in gpus.capabilities(gpu, i.gi, i.ci)]
+
+
+def test_the_hooks_ignore_the_environment_of_the_user(slurm: Cluster) -> None:
+    """Whatever would make a program or an interpreter run the user's code leaves a file there, of whom it ran as."""
+    trap = slurm.root / "trap"
+    trap.mkdir()
+    trap.chmod(0o777)
+    (trap / "preload.c").write_text(
+        "#include <fcntl.h>\n#include <stdio.h>\n#include <unistd.h>\n"
+        "__attribute__((constructor)) static void ran(void) {\n"
+        f'    char path[4096];\n    snprintf(path, sizeof path, "{trap}/preload.%d", geteuid());\n'
+        "    close(open(path, O_CREAT | O_WRONLY, 0644));\n}\n"
+    )
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", trap / "preload.so", trap / "preload.c"], check=True)
+    program = f'#!/bin/sh\n: >{trap}/"${{0##*/}}.$(/usr/bin/id -u)"\n'
+    for name in ("python", "python3", "logger", "timeout", "squeue", "scontrol", "mkdir", "rm", "env"):
+        (trap / name).write_text(program)
+        (trap / name).chmod(0o755)
+    for name in ("sitecustomize", "usercustomize", "controller", "rms", "slurm"):
+        (trap / f"{name}.py").write_text(f"import os\nopen('{trap}/{name}.' + str(os.geteuid()), 'w')\n")
+    (trap / "startup").write_text(program)
+    names = ["PYTHONPATH", "PYTHONHOME", "PYTHONUSERBASE", "LD_LIBRARY_PATH", "HOME", "TMPDIR", "CDPATH"]
+    files = ["PYTHONSTARTUP", "ENV", "BASH_ENV", "RMS_CONFIG", "SLURM_CONF"]
+    settings = [f"LD_PRELOAD={trap}/preload.so", f"PATH={trap}:/usr/bin:/bin"]
+    settings += [f"{name}={trap}" for name in names] + [f"{name}={trap}/startup" for name in files]
+    script = "#!/bin/sh\nlogger\necho $RMS_CONFIG $CUDA_VISIBLE_DEVICES\n"
+    options = ("--gres=mig:3g", f"--export=ALL,{','.join(settings)}")
+    job = slurm.sbatch(script, *options, user=slurm.users[0])
+    slurm.wait_all(60)
+    assert f"{trap}/startup MIG-" in output(slurm, job), "the job had it, and its instance"
+    ran = {path.name for path in trap.iterdir()}
+    user = slurm.users[0].uid
+    assert {f"preload.{user}", f"logger.{user}"} <= ran, "the traps work"
+    assert not [name for name in ran if name.endswith(".0")], "and root stepped into none"
 
 
 def test_job_without_mig_is_left_alone(slurm: Cluster) -> None:
