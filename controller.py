@@ -15,30 +15,24 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import NamedTuple, NoReturn, TypeVar
 
 from rms import config as configuration
-from rms import demand, fence, grant, inventory, planner
-from rms.audit import Audit
+from rms import demand, grant, hardware, inventory, planner
+from rms.audit import Audit, explain, picture
 from rms.config import Config
-from rms.device import Device, DeviceError, Nvml
+from rms.device import Device, DeviceError
 from rms.errors import ClosedRunError, NodeError, NoRoomError, RequestError, RmsError
 from rms.geometry import Placement
-from rms.inventory import Allocation, Claim, Gpu, Intent, Outcome, Owner, Run, State, Survey
+from rms.inventory import Allocation, Claim, Grants, Intent, Outcome, Owner, Run, State, Step, Survey
 from rms.planner import Decision, View
 from rms.request import Request, parse, printable
 from rms.store import Damaged, Store
 
-RETRY_SECONDS = 0.1
-"""Pause between two looks at what another process has to let go."""
-DESTROY_SECONDS = 2.0
-"""How long a destroy that is IN_USE is tried again: the driver lets go of a client a moment after it ended."""
 SKEW_SECONDS = 300
 """How far the clocks of node and slurmctld may be apart: munge takes no more either."""
-HELD_BY = "held by process"
-"""How a note begins where the holders are known."""
 TRIES = 2
 """How often one call tries the hardware of a GPU that fails before it leaves that GPU out."""
 
@@ -54,18 +48,6 @@ class Granted(NamedTuple):
     uuid: str
 
 
-class Step(NamedTuple):
-    """One instance that an intent changes; `status` is its status in the inventory meanwhile."""
-
-    gpu: str
-    generation: int
-    status: str
-    placement: Placement
-    gi: int | None
-    ci: int | None
-    uuid: str | None
-
-
 class Controller:
     """The controller of one node. `log` is told what an administrator should know. Raises RmsError and nothing else."""
 
@@ -74,14 +56,16 @@ class Controller:
         config: Config,
         choose: planner.Choose = planner.built_in,
         log: Callable[[str], None] = lambda text: print(f"rms: {_line(text)}", file=sys.stderr),
+        rehearsal: bool = False,
     ) -> None:
         self.config = config
-        self.audit = Audit(config.audit_log)
+        self.audit = Audit(os.devnull if rehearsal else config.audit_log)
         self._choose = choose
         self._log = log
         self._boot_id = configuration.boot_id(config)
         self._deadline = time.monotonic() + config.deadline_seconds
-        self._store = Store(config.state_dir, self._deadline)
+        self._rehearsal = rehearsal
+        self._store = Store(config.state_dir, self._deadline, rehearsal)
         self._owner = Owner.me()
         self._session: Device | None = None
 
@@ -120,6 +104,28 @@ class Controller:
 
         return self._recovering(look)
 
+    def reconcile(self, over: Callable[[Sequence[Run]], Iterable[Run]]) -> None:
+        """Make the inventory agree with the GPUs, and with Slurm. What is found and done goes to `log`, a line each.
+
+        `over` says which of some runs have ended. It is asked while no lock is held, and only of runs that had their
+        instances before: one that begins meanwhile is not among them. In a rehearsal nothing is changed. Raises
+        NodeError, also if no GPU can be used.
+        """
+
+        def settle() -> list[Run]:
+            with self._open("reconcile", everything=True) as state:
+                if all(gpu.fault for gpu in state.gpus):
+                    raise NodeError("; ".join(f"GPU {gpu.uuid}: {gpu.fault}" for gpu in state.gpus))
+                at_work = {intent.run for intent in state.intents}
+                return [a.run for a in state.allocations if a.granted and a.run not in at_work]
+
+        standing = self._recovering(settle)
+        ended = [run for run in standing if grant.ended(self.config.run_dir, run)]
+        for run in (*ended, *over([run for run in standing if run not in ended])):
+            self._report(f"run {run} is over: what it had is taken back")
+            if not self._rehearsal:
+                self.release(run)
+
     # Acquire.
 
     def _acquire(self, run: Run, uid: int, spec: str, submit: int | None, limit: int | None) -> list[Granted]:
@@ -138,7 +144,7 @@ class Controller:
                     intent = inventory.reserve(state, decisions, allocation, self._owner)
                     state.recent = [*state.recent, (float(submit or time.time()), str(asked), limit)]
                     state.recent = state.recent[-inventory.RECENT :]
-                    steps = _steps(state, intent)
+                    steps = inventory.steps(state, intent)
                     ahead = inventory.ahead(state, intent)
                     self._store.save(state)
             if busy is not None:
@@ -172,6 +178,8 @@ class Controller:
     def _give(self, state: State, allocation: Allocation) -> list[Granted]:
         """Leave the job's grant and say what is in it."""
         numbers = {gpu.uuid: number for number, gpu in enumerate(state.gpus)}
+        if len(state.held(allocation)) < len(parse(allocation.request, next(iter(state.geometries.values()))).profiles):
+            raise NodeError(f"run {allocation.run} has instances on a GPU that does not answer")
         granted = [
             Granted(gpu.uuid, numbers[gpu.uuid], instance.placement, instance.uuid or "")
             for gpu, instance in state.held(allocation)
@@ -185,15 +193,15 @@ class Controller:
     ) -> list[Decision]:
         now = time.time()
         view = inventory.view(state, now)
-        left = {gpu.uuid for gpu in state.gpus if gpu.fault == inventory.LEFT}
+        left = {gpu.uuid for gpu in state.gpus if gpu.left}
         empty = [planner.GpuView(gpu.uuid, gpu.geometry) for gpu in view.gpus if gpu.uuid not in left]
         if not planner.fits(view._replace(gpus=tuple(empty)), asked):
             raise RequestError(f"{asked} is more than the {len(empty)} GPUs of this node hold when empty")
-        faults = {gpu.uuid: gpu.fault for gpu in state.gpus if gpu.fault}
-        faults |= {uuid: texts[-1] for uuid, texts in failures.items() if len(texts) >= TRIES}
-        whole = tuple(gpu for gpu in empty if gpu.uuid not in faults)
-        if not planner.fits(view._replace(gpus=whole), asked):
-            raise NodeError("; ".join(f"GPU {uuid}: {fault}" for uuid, fault in faults.items()))
+        faults = {gpu.uuid: gpu.fault for gpu in state.gpus if gpu.fault and not gpu.left}
+        faults |= {uuid: texts[-1] for uuid, texts in failures.items() if len(texts) >= TRIES and uuid not in left}
+        out_of_order = "; ".join(f"GPU {uuid}: {fault}" for uuid, fault in faults.items())
+        if len(faults) == len(empty):
+            raise NodeError(out_of_order)
         view = view._replace(gpus=tuple(gpu.without_room() if gpu.uuid in faults else gpu for gpu in view.gpus))
         end = now + limit * 60 if limit else None
         decisions = None
@@ -206,14 +214,14 @@ class Controller:
         decisions = decisions or planner.plan(view, asked, end, self._choose)
         if decisions is None:
             grant.refuse(self.config.run_dir, run)
-            self.audit.write("refused", run=run, request=str(asked), gpus=_picture(view))
-            raise NoRoomError(f"no room for {asked} now")
+            self.audit.write("refused", run=run, request=str(asked), gpus=picture(view))
+            raise NoRoomError(f"no room for {asked} now" + (f" ({out_of_order})" if faults else ""))
         self.audit.write(
             "decision",
             run=run,
             request=str(asked),
-            gpus=_picture(view),
-            instances=[_explain(d, view) for d in decisions],
+            gpus=picture(view),
+            instances=explain(decisions, view),
         )
         return decisions
 
@@ -237,128 +245,24 @@ class Controller:
         with self._store.hardware([step.gpu for step in steps], f"run {intent.run}"):
             if not any(i.number == intent.number for i in self._store.glance().intents):
                 return None  # the state was lost and recovered before we had the locks: others may plan with our slices
-            outcomes, broken = self._change(intent.run, uid, steps)
+            outcomes, broken = hardware.change(
+                self._device, steps, uid, self._deadline, lambda **done: self.audit.write(run=intent.run, **done)
+            )
             with self._store.open("acquire") as state:
                 current = next((i for i in state.intents if i.number == intent.number), None)
                 allocation = state.of_run(intent.run)
                 if current is None or allocation is None:
                     return None  # the state was lost and recovered meanwhile, and what we made was adopted
-                complete = not broken and len(outcomes) == len(steps) > 0 and not any(o.held for o in outcomes)
-                inventory.conclude(state, current, outcomes, time.time(), granted=complete)
-                if broken:
-                    state.gpu(broken[0]).doubt = broken[1]
+                complete = not broken and len(outcomes) == len(steps) > 0 and not any(o.trouble for o in outcomes)
+                inventory.conclude(state, current, outcomes, broken, time.time(), granted=complete)
                 self._store.save(state)
                 granted = self._give(state, allocation) if complete else None
-        for outcome in outcomes:
-            if outcome.held and outcome.uuid:
-                self._report(f"instance {outcome.uuid} is quarantined: {outcome.held}")
-        if broken:
-            failures.setdefault(broken[0], []).append(broken[1])
-            self._report(f"GPU {broken[0]}: {broken[1]}")
+        self._tell(outcomes, broken)
+        for gpu, fault in broken.items():
+            failures.setdefault(gpu, []).append(fault)
         if granted:
             self.audit.write("granted", run=intent.run, instances=granted)
         return granted
-
-    def _change(self, run: Run, uid: int, steps: Sequence[Step]) -> tuple[list[Outcome], tuple[str, str] | None]:
-        """Phase 2 of an acquire. Stops at the first instance that is held or fails; the latter with GPU and error.
-
-        The user is let in last, so that what comes to nothing is still fenced from everybody.
-        """
-        outcomes: list[Outcome] = []
-        steps = sorted(steps, key=lambda s: ("busy", "removing", "making").index(s.status))
-        for step in steps:
-            began = time.monotonic()
-            fault = ""
-            try:
-                outcomes.append(self._make(step) if step.status == "making" else self._take(step))
-            except DeviceError as error:
-                fault = str(error)
-                if step.status == "making":  # what it has left on the GPU, if anything, is ours to remove
-                    outcomes.append(Outcome(step.generation, None, None, None, held=inventory.HALF_MADE))
-            self.audit.write(
-                {"busy": "reuse", "removing": "destroy", "making": "create"}[step.status],
-                run=run,
-                gpu=step.gpu,
-                placement=str(step.placement),
-                seconds=round(time.monotonic() - began, 6),
-                result=fault or outcomes[-1].held or "done",
-            )
-            if fault:
-                return outcomes, (step.gpu, fault)
-            if held := outcomes[-1].held:
-                # Nobody to be seen holds it: a process that has the whole GPU does that. It counts against the GPU:
-                # whoever looks next finds the instance idle, and would choose it again and again.
-                unseen = step.status == "removing" and not held.startswith(HELD_BY)
-                return outcomes, (step.gpu, held) if unseen else None
-        theirs = [(step, outcome) for step, outcome in zip(steps, outcomes, strict=True) if step.status != "removing"]
-        try:
-            for step, outcome in theirs:
-                self._fence(step.gpu, outcome.gi, outcome.ci, uid)
-        except DeviceError as error:
-            for step, outcome in theirs:
-                outcomes[steps.index(step)] = self._shut(step.gpu, outcome)
-            return outcomes, (step.gpu, str(error))
-        return outcomes, None
-
-    def _fence(self, gpu: str, gi: int | None, ci: int | None, uid: int | None) -> None:
-        """Let one user open an instance, or nobody."""
-        if gi is not None:
-            fence.fence(self._device.capabilities(gpu, gi, ci), uid)
-
-    def _shut(self, gpu: str, outcome: Outcome) -> Outcome:
-        """Let nobody open an instance; what can't be shut is held."""
-        try:
-            self._fence(gpu, outcome.gi, outcome.ci, None)
-        except DeviceError as error:
-            return outcome._replace(held=str(error))
-        return outcome
-
-    def _make(self, step: Step) -> Outcome:
-        device = self._device
-        gi = device.create_gpu_instance(step.gpu, step.placement.profile, step.placement.start)
-        ci = None
-        try:
-            ci = device.create_compute_instance(step.gpu, gi)
-            self._fence(step.gpu, gi, ci, None)
-            made = Outcome(step.generation, gi, ci, device.uuid(step.gpu, gi, ci))
-            pids = device.holders(step.gpu, gi, ci)  # who was quicker than the fence
-        except DeviceError:
-            with suppress(DeviceError):
-                if ci is not None:
-                    device.destroy_compute_instance(step.gpu, gi, ci)
-                device.destroy_gpu_instance(step.gpu, gi)
-            raise
-        return made._replace(held=_held_by(pids)) if pids else made
-
-    def _take(self, step: Step) -> Outcome:
-        """Make sure that nobody holds an idle instance; destroy it if it is to be removed."""
-        gi, ci = step.gi, step.ci
-        if gi is None or ci is None:
-            raise DeviceError(Nvml.NOT_FOUND, f"{step.placement} has no instance")
-        stands = Outcome(step.generation, gi, ci, step.uuid)
-        self._fence(step.gpu, gi, ci, None)
-        if pids := self._device.holders(step.gpu, gi, ci):
-            return stands._replace(held=_held_by(pids))
-        if step.status == "busy":
-            return stands
-        try:
-            self._patiently(lambda: self._device.destroy_compute_instance(step.gpu, gi, ci))
-        except DeviceError as error:
-            if error.code == Nvml.IN_USE:
-                return stands._replace(held=str(error))
-            raise
-        self._patiently(lambda: self._device.destroy_gpu_instance(step.gpu, gi))
-        return Outcome(step.generation, None, None, None)
-
-    def _patiently(self, destroy: Callable[[], None]) -> None:
-        until = min(time.monotonic() + DESTROY_SECONDS, self._deadline)
-        while True:
-            try:
-                return destroy()
-            except DeviceError as error:
-                if error.code != Nvml.IN_USE or time.monotonic() > until:
-                    raise
-            time.sleep(RETRY_SECONDS)
 
     # Release.
 
@@ -374,7 +278,7 @@ class Controller:
                 if older is None and busy is None:
                     allocation = state.of_run(run)
                     intent = inventory.begin_release(state, allocation, self._owner) if allocation else None
-                    steps = _steps(state, intent) if intent else []
+                    steps = inventory.steps(state, intent) if intent else []
                 self._store.save(state)
             if older is not None:
                 self._release(older)  # its own Epilog never came
@@ -386,56 +290,63 @@ class Controller:
         if intent is None:
             self._forget(run)
             return
-        outcomes = self._let_go(steps)
+        outcomes, broken = self._let_go(steps)
         with self._store.open("release") as state:
             if current := next((i for i in state.intents if i.number == intent.number), None):
-                inventory.conclude(state, current, outcomes, time.time(), granted=False)
+                inventory.conclude(state, current, outcomes, broken, time.time(), granted=False)
                 self._store.save(state)
         self._forget(run)  # only now: as long as it says that the run has ended, the next call will release it
-        for outcome in outcomes:
-            if outcome.held:
-                self._report(f"instance {outcome.uuid} of run {run} is quarantined: {outcome.held}")
+        self._tell(outcomes, broken)
         self.audit.write("released", run=run, instances=outcomes)
 
     def _forget(self, run: Run, how: Callable[[str, Run], None] = grant.remove) -> None:
+        if self._rehearsal:
+            return
         try:
             how(self.config.run_dir, run)
         except NodeError as error:  # the instances are taken back all the same; the next acquire will stop at it
             self._report(str(error))
 
-    def _let_go(self, steps: Sequence[Step]) -> list[Outcome]:
+    def _let_go(self, steps: Sequence[Step]) -> tuple[list[Outcome], dict[str, str]]:
         """Phase 2 of a release: wait, without a lock, until no process holds the instances or patience ends."""
         until = min(time.monotonic() + self.config.holder_seconds, self._deadline)
         while True:
+            outcomes: list[Outcome] = []
+            broken: dict[str, str] = {}
             with self._store.hardware([step.gpu for step in steps], "release"):
-                outcomes = [self._released(step) for step in steps]
-            if not any(outcome.held for outcome in outcomes) or time.monotonic() > until:
-                return outcomes
-            time.sleep(RETRY_SECONDS)
+                for step in steps:
+                    try:
+                        outcomes.append(hardware.look(self._device, step))
+                    except DeviceError as error:
+                        broken[step.gpu] = str(error)
+                        outcomes.append(Outcome(step.generation, step.gi, step.ci, step.uuid, "held", str(error)))
+            if broken or not any(outcome.trouble for outcome in outcomes) or time.monotonic() > until:
+                return outcomes, broken
+            time.sleep(hardware.RETRY_SECONDS)
 
-    def _released(self, step: Step) -> Outcome:
-        stands = self._shut(step.gpu, Outcome(step.generation, step.gi, step.ci, step.uuid))
-        try:
-            pids = self._device.holders(step.gpu, step.gi or 0, step.ci or 0)
-        except DeviceError as error:
-            if error.code == Nvml.NOT_FOUND:  # it vanished while the job ran: nothing to take back
-                return Outcome(step.generation, None, None, None)
-            return stands._replace(held=stands.held or str(error))
-        return stands._replace(held=_held_by(pids)) if pids else stands
+    def _tell(self, outcomes: Sequence[Outcome], broken: Mapping[str, str]) -> None:
+        for outcome in outcomes:
+            if outcome.trouble and outcome.uuid:
+                self._report(f"instance {outcome.uuid} is quarantined: {outcome.note}")
+        for gpu, fault in broken.items():
+            self._report(f"GPU {gpu}: {fault}")
 
     # Before a decision: the inventory must be known, and true.
 
     @contextmanager
-    def _open(self, what: str) -> Iterator[State]:
-        """The state with its lock held, after whatever others have left undone has been mended."""
+    def _open(self, what: str, everything: bool = False) -> Iterator[State]:
+        """The state with its lock held, after whatever others have left undone has been mended.
+
+        With `everything` all GPUs are compared with their records first, also what is not due yet.
+        """
         mended = False
         while True:
             with self._store.open(what) as state:
                 if not state.boot_id:
                     raise Damaged("first start here, or the state is gone", state)
                 stale = state.boot_id != self._boot_id or state.managed != list(self.config.gpus)
-                stale = stale or any(g.fault == inventory.LEFT and not inventory.in_use(state, g) for g in state.gpus)
-                claim = None if stale or mended else inventory.claim(state, self._owner)
+                stale = stale or any(gpu.left and not inventory.in_use(state, gpu) for gpu in state.gpus)
+                claim = None if stale or mended else inventory.claim(state, self._owner, time.time(), everything)
                 if not stale and claim is None:
                     yield state
                     return
@@ -448,63 +359,36 @@ class Controller:
 
     def _discover(self) -> None:
         """Take in the GPUs after a reboot or a change of the configuration."""
-        geometries = {gpu: self._asking(gpu, self._device.geometry) for gpu in self._managed()}
+        found = self._asked(self._device.geometry)
         with self._store.open("discover") as state:
             if state.boot_id != self._boot_id:
                 self._report("this node has booted: instances and allocations from before are gone")
-                for job, old in grant.granted(self.config.run_dir).items():
-                    self._forget(Run(old.cluster, job, old.restart))
-            inventory.discover(state, self._boot_id, self.config.gpus, geometries, time.time())
+                for run, *_ in self._grants().values():
+                    self._forget(run)
+            inventory.discover(state, self._boot_id, self.config.gpus, found, time.time())
             self._store.save(state)
 
     def _mend(self, claim: Claim) -> None:
         """Compare GPUs with their records: what dead processes left, what is in doubt, what is quarantined."""
         for gpu in claim.gpus:
             with self._store.hardware([gpu], "mend"):
+                survey: Survey | str
                 try:
-                    for instance in self._device.instances(gpu):
-                        if instance.ci is None and (gpu, instance.placement) in claim.places:
-                            self._device.destroy_gpu_instance(gpu, instance.gi)
-                    survey = self._survey(gpu)
+                    survey = hardware.survey(self._device, gpu, claim, self._rehearsal)
                 except DeviceError as error:
-                    survey, fault = None, str(error)
+                    survey = str(error)
                 with self._store.open("mend") as state:
                     record = next((g for g in state.gpus if g.uuid == gpu), None)
                     if record is None:
                         continue  # taken out of the configuration meanwhile
-                    if survey is not None:
-                        inventory.reconcile(state, record, survey.seen, survey.held, claim.intents, time.time())
-                        self._fence_all(state, record)
-                    elif record.fault != fault:
-                        record.fault = fault
-                        self._report(f"GPU {gpu} is not offered: {fault}")
+                    before = record.fault
+                    told = inventory.mend(state, record, survey, claim.intents, self._grants(), time.time())
+                    told += hardware.fence_all(self._device, state, record, before, self._rehearsal)
                     self._store.save(state)
+            for line in told:
+                self._report(line)
         if claim.intents:
             self._report(f"took over {len(claim.intents)} unfinished change(s) of processes that are gone")
-
-    def _fence_all(self, state: State, gpu: Gpu) -> None:
-        """Make the fences on a GPU agree with the inventory. A GPU where one can't be shut is not offered."""
-        users = {generation: a.uid for a in state.allocations for generation in a.instances}
-        for instance in gpu.instances:
-            if instance.intent is not None:
-                continue  # whoever is at work on it sees to its fence
-            uid = users.get(instance.generation)
-            try:
-                self._fence(gpu.uuid, instance.gi, instance.ci, uid)
-            except DeviceError as error:
-                if uid is None:
-                    instance.status, instance.note = "quarantined", instance.note or str(error)
-                    gpu.fault = str(error)
-                else:
-                    self._report(f"instance {instance.uuid} of user {uid}: {error}")
-
-    def _survey(self, gpu: str) -> Survey:
-        seen = self._device.instances(gpu)
-        held = {}
-        for instance in seen:
-            if instance.ci is not None and (pids := self._device.holders(gpu, instance.gi, instance.ci)):
-                held[instance.gi] = _held_by(pids)
-        return Survey(self._device.geometry(gpu), seen, held)
 
     def _recovering(self, work: Callable[[], T]) -> T:
         """Do `work`, rebuilding the state first where it is lost or damaged."""
@@ -525,36 +409,45 @@ class Controller:
     def _recover(self, damaged: Damaged) -> None:
         gpus = self._managed()
         with self._store.hardware(gpus, "recover"):
-            surveys = {gpu: self._asking(gpu, self._survey) for gpu in gpus}
+            surveys = self._asked(lambda gpu: hardware.survey(self._device, gpu))
             with self._store.rebuild("recover") as state:
                 if state is None:
                     return
-                grants = {
-                    job: (Run(g.cluster, job, g.restart), g.uid, g.request, g.uuids)
-                    for job, g in grant.granted(self.config.run_dir).items()
-                }
-                inventory.recover(state, self._boot_id, self.config.gpus, surveys, grants, time.time())
+                grants = self._grants()
+                told = inventory.recover(state, self._boot_id, self.config.gpus, surveys, grants, time.time())
                 for record in state.gpus:
-                    if record.uuid in surveys:
-                        self._fence_all(state, record)
+                    told += hardware.fence_all(self._device, state, record, record.fault, self._rehearsal)
                 for run, *_ in grants.values():
                     if state.of_run(run) is None:
                         self._forget(run)  # its UUIDs come back for others, whom it must not rob at the next recovery
                 self._store.save(state)
-        self._report(f"{damaged}: rebuilt from {len(gpus)} GPUs and {len(grants)} grants")
+        for line in (*told, f"{damaged}: rebuilt from {len(gpus)} GPUs and {len(grants)} grants"):
+            self._report(line)
+
+    def _grants(self) -> Grants:
+        return {
+            job: (Run(g.cluster, job, g.restart), g.uid, g.request, g.uuids)
+            for job, g in grant.granted(self.config.run_dir).items()
+        }
 
     @property
     def _device(self) -> Device:
         """The session with the driver, opened when the hardware is first needed."""
         if self._session is None:
-            self._session = open_device(self.config, self._boot_id)
+            self._session = hardware.open_device(self.config, self._boot_id)
         return self._session
 
-    def _asking(self, gpu: str, question: Callable[[str], T]) -> T:
-        try:
-            return question(gpu)
-        except DeviceError as error:
-            raise NodeError(f"GPU {gpu}: {error}") from error
+    def _asked(self, question: Callable[[str], T]) -> dict[str, T | str]:
+        """Every GPU's answer, or why it has none. Raises NodeError if none of them answers."""
+        answers: dict[str, T | str] = {}
+        for gpu in self._managed():
+            try:
+                answers[gpu] = question(gpu)
+            except DeviceError as error:
+                answers[gpu] = str(error)
+        if all(isinstance(answer, str) for answer in answers.values()):
+            raise NodeError("; ".join(f"GPU {gpu}: {fault}" for gpu, fault in answers.items()))
+        return answers
 
     def _managed(self) -> Sequence[str]:
         try:
@@ -565,87 +458,17 @@ class Controller:
     def _wait(self, why: str) -> None:
         if time.monotonic() > self._deadline:
             raise NodeError(f"{why}, for longer than {self.config.deadline_seconds:g} s")
-        time.sleep(RETRY_SECONDS)
+        time.sleep(hardware.RETRY_SECONDS)
 
     def _report(self, text: str) -> None:
         self.audit.write("warning", text=text)
         self._log(text)
 
 
-def open_device(config: Config, boot_id: str) -> Device:
-    """A session with the GPUs that the config names: real ones, unless it has simulated ones. Raises NodeError."""
-    try:
-        if sim := config.simulated:
-            from rms.simulated import SimulatedDevice
-
-            return SimulatedDevice(
-                sim.file,
-                sim.model,
-                sim.gpus,
-                config.gpus,
-                boot_id,
-                sim.create_seconds,
-                sim.destroy_seconds,
-                sim.nodes if config.fence else "",
-            )
-        from rms.nvml import NvmlDevice
-
-        return NvmlDevice(config.gpus, config.driver_root, config.fence)
-    except (DeviceError, RequestError) as error:
-        raise NodeError(f"cannot open the GPUs: {error}") from error
-    except ImportError as error:
-        raise NodeError(f"real GPUs need nvidia-ml-py beside RMS, pip install 'rms-mig[nvml]': {error}") from error
-
-
-def _steps(state: State, intent: Intent) -> list[Step]:
-    return [
-        Step(gpu.uuid, i.generation, i.status, i.placement, i.gi, i.ci, i.uuid)
-        for gpu in state.gpus
-        for i in gpu.instances
-        if i.intent == intent.number
-    ]
-
-
 def _check(run: Run) -> None:
     # The grant is a line of words.
     if not (0 < len(run.cluster) <= 64 and all(c.isascii() and (c.isalnum() or c in "._-") for c in run.cluster)):
         raise NodeError(f"cluster name {printable(run.cluster)!r} is not made of letters, digits, '.', '_' and '-'")
-
-
-def _held_by(pids: Sequence[int]) -> str:
-    return f"{HELD_BY} {', '.join(str(pid) for pid in pids[:5])}"
-
-
-def _picture(view: View) -> dict[str, dict[str, list[str]]]:
-    """The GPUs as the audit log shows them."""
-    return {
-        gpu.uuid: {
-            "busy": [str(b.placement) for b in gpu.busy],
-            "idle": [str(p) for p in gpu.idle],
-            "blocked": [str(p) for p in gpu.blocked],
-        }
-        for gpu in view.gpus
-    }
-
-
-def _explain(decision: Decision, view: View) -> dict[str, object]:
-    choice = decision.choice
-    geometry = view.gpus[choice.candidate.gpu].geometry
-    return {
-        "profile": decision.asked.profile,
-        "gpu": choice.candidate.gpu,
-        "placement": str(choice.candidate.placement),
-        "reuse": choice.candidate.reuse,
-        "destroys": [str(p) for p in choice.candidate.destroys],
-        "candidates": [
-            [c.gpu, str(c.placement), score] for c, score in zip(decision.candidates, choice.scores, strict=False)
-        ],
-        "source": choice.source,
-        "model": choice.model,
-        "reason": choice.reason,
-        "wanted": [str(p) for p in choice.wanted],
-        "config": geometry.config_id(choice.wanted),
-    }
 
 
 def _kept(view: View, told: demand.Told, asked: Request) -> planner.Kept | None:

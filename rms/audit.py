@@ -9,7 +9,10 @@ import errno
 import json
 import os
 import time
+from collections.abc import Iterable
 from typing import Any
+
+from rms.planner import Decision, View
 
 
 class Audit:
@@ -35,3 +38,35 @@ class Audit:
                 os.close(descriptor)
         except OSError as error:
             self.fault = f"cannot write the audit log {self._path}: {error.strerror}"
+
+
+def picture(view: View) -> dict[str, dict[str, list[str]]]:
+    """The GPUs as the log shows them."""
+    return {
+        gpu.uuid: {
+            "busy": [str(b.placement) for b in gpu.busy],
+            "idle": [str(p) for p in gpu.idle],
+            "blocked": [str(p) for p in gpu.blocked],
+        }
+        for gpu in view.gpus
+    }
+
+
+def explain(decisions: Iterable[Decision], view: View) -> list[dict[str, object]]:
+    """The instances of a plan as the log shows them: what could have been chosen, what was, and why."""
+    return [
+        {
+            "profile": asked.profile,
+            "gpu": choice.candidate.gpu,
+            "placement": str(choice.candidate.placement),
+            "reuse": choice.candidate.reuse,
+            "destroys": [str(p) for p in choice.candidate.destroys],
+            "candidates": [[c.gpu, str(c.placement), score] for c, score in zip(offered, choice.scores, strict=False)],
+            "source": choice.source,
+            "model": choice.model,
+            "reason": choice.reason,
+            "wanted": [str(p) for p in choice.wanted],
+            "config": view.gpus[choice.candidate.gpu].geometry.config_id(choice.wanted),
+        }
+        for asked, offered, choice in decisions
+    ]

@@ -206,9 +206,9 @@ def _state(settings: config.Config) -> State:
 @contextmanager
 def _real(settings: config.Config) -> Iterator[NvmlDevice]:
     """A session with the configured GPUs, for what only real ones can do."""
-    import controller
+    from rms import hardware
 
-    device = controller.open_device(settings, "")
+    device = hardware.open_device(settings, "")
     try:
         yield cast("NvmlDevice", device)
     finally:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -19,22 +19,26 @@ from rms.geometry import Geometry, Placement
 from rms.planner import Busy, Decision, Demand, GpuView, View
 from rms.request import parse
 
-SCHEMA = 1
+SCHEMA = 2
 RECENT = 64
 """Requests that the state remembers, for the policy's estimate of demand."""
 CLOSED = 1000
 """Released runs that are remembered, newest first, so that a late Prolog of one gets nothing."""
 
-HALF_MADE = "half-made"
-"""Why a GPU instance of ours without compute instance is quarantined: it is removed as soon as the hardware lets us."""
-
-FOREIGN = "half-made, and not by RMS"
-"""Why a GPU instance of somebody else without compute instance is quarantined: for good."""
-
-LEFT = "no longer in the configuration"
-"""The fault of a GPU that is only known because a job still holds an instance of it."""
+FIRST_RETRY, LAST_RETRY = 10.0, 600.0
+"""Seconds until what the hardware refused is tried again: twice as long each time, up to the last."""
 
 Status = Literal["idle", "busy", "making", "removing", "quarantined"]
+
+Trouble = Literal["", "held", "refused", "half-made", "foreign", "lost"]
+"""What is wrong with an instance. All but the last are reasons for quarantine:
+
+held       a process holds it, or might for all that the GPU says: idle again as soon as that is over
+refused    the GPU would not destroy it, and nobody is seen to hold it: tried again later
+half-made  a GPU instance of ours that lacks its compute instance: removed as soon as the GPU lets us
+foreign    somebody else's: half-made, cut up, or on the place of a lost one. The administrator's to remove
+lost       it vanished under the run that has it: the place stays that run's until it ends
+"""
 
 
 class Run(NamedTuple):
@@ -78,8 +82,8 @@ def process_started(pid: int) -> int | None:
 class Instance:
     """One instance, or the place of one that is being made (`gi`, `ci`, `uuid` None until it exists).
 
-    `intent` is the number of the intent that is changing it; `note` says why it is quarantined; `used` is when a job
-    last had it or it was made (epoch).
+    `intent` is the number of the intent that is changing it; `trouble` is what is wrong with it, if anything is, and
+    `note` tells people more; `used` is when a job last had it or it was made (epoch).
     """
 
     generation: int
@@ -90,19 +94,25 @@ class Instance:
     uuid: str | None = None
     intent: int | None = None
     used: float = 0.0
+    trouble: Trouble = ""
     note: str = ""
 
 
 @dataclass
 class Gpu:
     """One managed GPU. `doubt` says why its records must be compared with the hardware before they are believed;
-    `fault` why it is not offered at all."""
+    `fault` why it is not offered at all. `left`: the config no longer names it, but a job still holds an instance.
+    `model` is that of another GPU of the node as long as this one has never answered. `tries` counts how often what is
+    wrong with it was looked at in vain, `retry` is when to look again (epoch)."""
 
     uuid: str
     model: str
     instances: list[Instance] = field(default_factory=list)
     doubt: str = ""
     fault: str = ""
+    left: bool = False
+    tries: int = 0
+    retry: float = 0.0
 
 
 @dataclass
@@ -193,7 +203,12 @@ def to_json(state: State) -> str:
 
 
 def from_json(data: dict[str, Any]) -> State:
-    """The state from the object that `to_json` spelled. Raises KeyError, TypeError or ValueError on anything else."""
+    """The state from the object that `to_json` spelled, of this schema or an older one.
+
+    Raises KeyError, TypeError or ValueError on anything else.
+    """
+    if data["schema"] < 2:
+        _from_schema_1(data)
     return State(
         boot_id=data["boot_id"],
         managed=data["managed"],
@@ -213,6 +228,15 @@ def from_json(data: dict[str, Any]) -> State:
         closed={int(job): (restart, when) for job, (restart, when) in data["closed"].items()},
         recent=[(when, request, limit) for when, request, limit in data["recent"]],
     )
+
+
+def _from_schema_1(data: dict[str, Any]) -> None:
+    # What was wrong stood in the notes only.
+    for gpu in data["gpus"]:
+        gpu["left"] = gpu["fault"] == "no longer in the configuration"
+        for instance in gpu["instances"]:
+            known: dict[str, Trouble] = {"": "", "half-made": "half-made", "half-made, and not by RMS": "foreign"}
+            instance["trouble"] = known.get(instance["note"], "held")
 
 
 def view(state: State, now: float) -> View:
@@ -286,33 +310,69 @@ def begin_release(state: State, allocation: Allocation, owner: Owner) -> Intent:
     return intent
 
 
+class Step(NamedTuple):
+    """One instance that an intent changes; `status` is its status in the inventory meanwhile."""
+
+    gpu: str
+    generation: int
+    status: Status
+    placement: Placement
+    gi: int | None
+    ci: int | None
+    uuid: str | None
+
+
+def steps(state: State, intent: Intent) -> list[Step]:
+    """What an intent has to do, GPU by GPU."""
+    return [
+        Step(gpu.uuid, i.generation, i.status, i.placement, i.gi, i.ci, i.uuid)
+        for gpu in state.gpus
+        for i in gpu.instances
+        if i.intent == intent.number
+    ]
+
+
 class Outcome(NamedTuple):
     """What the hardware says of one instance after an intent: its ids (all None once it is gone), and why it must not
-    be used (`held`, empty if it may)."""
+    be used (`trouble` and `note`, empty if it may)."""
 
     generation: int
     gi: int | None
     ci: int | None
     uuid: str | None
-    held: str = ""
+    trouble: Trouble = ""
+    note: str = ""
 
 
-def conclude(state: State, intent: Intent, outcomes: Iterable[Outcome], now: float, granted: bool) -> None:
-    """Save the outcome of an intent. With `granted` the run owns its instances; without, they are idle again."""
+def conclude(
+    state: State,
+    intent: Intent,
+    outcomes: Iterable[Outcome],
+    doubts: Mapping[str, str],
+    now: float,
+    granted: bool,
+) -> None:
+    """Save the outcome of an intent. With `granted` the run owns its instances; without, they are idle again.
+
+    `doubts` says for the GPUs that failed meanwhile what they did.
+    """
     found = {outcome.generation: outcome for outcome in outcomes}
     allocation = state.of_run(intent.run)
     owned = set(allocation.instances) if granted and allocation else set()
     for gpu in state.gpus:
+        gpu.doubt = doubts.get(gpu.uuid, gpu.doubt)
         for instance in list(gpu.instances):
             if instance.intent != intent.number:
                 continue
             instance.intent = None
             if outcome := found.get(instance.generation):
+                if instance.status == "busy" and (outcome.gi is None or instance.trouble == "lost"):
+                    gpu.doubt = "an instance was lost here"  # somebody may have put another one on its place
                 instance.gi, instance.ci, instance.uuid = outcome.gi, outcome.ci, outcome.uuid
-                instance.note = outcome.held
-            if instance.gi is None and instance.note != HALF_MADE:
+                instance.trouble, instance.note = outcome.trouble, outcome.note
+            if instance.gi is None and instance.trouble != "half-made":
                 gpu.instances.remove(instance)
-            elif instance.note or instance.uuid is None:
+            elif instance.trouble:
                 instance.status = "quarantined"
             else:
                 instance.status = "busy" if instance.generation in owned else "idle"
@@ -325,18 +385,21 @@ def conclude(state: State, intent: Intent, outcomes: Iterable[Outcome], now: flo
 
 
 class Claim(NamedTuple):
-    """Mending to do before a decision: dead intents taken over, and GPUs whose records are in doubt."""
+    """Mending to do before a decision: dead intents taken over, and GPUs to be compared with the hardware."""
 
     intents: tuple[int, ...]
     gpus: tuple[str, ...]
     places: frozenset[tuple[str, Placement]]
-    """GPU and placement of what the dead intents were changing: what is half-made there is ours to remove."""
+    """GPU and placement of what is ours to remove if it turns out to be half-made."""
+    refused: frozenset[tuple[str, Placement]]
+    """GPU and placement of whole instances to destroy, which the GPU has refused before."""
 
 
-def claim(state: State, owner: Owner) -> Claim | None:
+def claim(state: State, owner: Owner, now: float, everything: bool = False) -> Claim | None:
     """Take over every intent whose owner is dead; None if there is nothing to mend.
 
     Their allocations are dropped: one that was being made was never granted, one that was being released is closed.
+    What the hardware refused before waits for its time, unless `everything` is to be looked at.
     """
     # An intent of the caller's own is left over from an earlier call of this process: a call begins with none.
     dead = [intent for intent in state.intents if intent.owner == owner or not intent.owner.alive()]
@@ -345,78 +408,180 @@ def claim(state: State, owner: Owner) -> Claim | None:
         intent.owner = owner
         if allocation := state.of_run(intent.run):
             state.allocations.remove(allocation)
-    gpus, places = [], set()
+    gpus, places, refused = [], set(), set()
     for gpu in state.gpus:
-        in_doubt = bool(gpu.doubt or gpu.fault) and gpu.fault != LEFT
-        for instance in gpu.instances:
-            half_made = instance.status == "quarantined" and instance.note == HALF_MADE
-            half_gone = instance.status == "idle" and in_doubt  # a destroy may have failed after the CI was gone
-            if instance.intent in numbers or half_made or half_gone:
-                places.add((gpu.uuid, instance.placement))
-            in_doubt = in_doubt or instance.intent in numbers or instance.status == "quarantined"
-        if in_doubt:
-            gpus.append(gpu.uuid)
-    state.intents = [i for i in state.intents if i.number not in numbers or state.touched(i)]
-    return Claim(numbers, tuple(gpus), frozenset(places)) if numbers or gpus else None
-
-
-def reconcile(
-    state: State, gpu: Gpu, seen: Sequence[DeviceInstance], held: Mapping[int, str], dead: Container[int], now: float
-) -> None:
-    """Make the records of one GPU agree with what the hardware shows.
-
-    `held` says for a GI id who holds it; `dead` are the intents that were abandoned. Records of living intents and of
-    running jobs are left alone. What RMS does not know is adopted as idle if it is whole and nobody holds it,
-    quarantined otherwise: never destroyed.
-    """
-    owned = {generation for a in state.allocations for generation in a.instances}
-    there = {instance.placement: instance for instance in seen}
-    for record in list(gpu.instances):
-        actual = there.pop(record.placement, None)
-        if record.generation in owned or (record.intent is not None and record.intent not in dead):
+        held = any(i.trouble == "held" or i.intent in numbers for i in gpu.instances)
+        waits = bool(gpu.fault) or any(i.status == "quarantined" for i in gpu.instances)
+        if gpu.left and not held:
             continue
-        record.intent = None
+        if not (everything or held or gpu.doubt or (waits and _due(gpu, now))):
+            continue
+        gpus.append(gpu.uuid)
+        for i in gpu.instances:
+            # Idle: a destroy may have failed after the compute instance was gone.
+            half_gone = i.status == "idle" and (gpu.doubt or gpu.fault)
+            if i.intent in numbers or i.trouble == "half-made" or half_gone:
+                places.add((gpu.uuid, i.placement))
+            elif i.trouble == "refused":
+                refused.add((gpu.uuid, i.placement))
+    state.intents = [i for i in state.intents if i.number not in numbers or state.touched(i)]
+    return Claim(numbers, tuple(gpus), frozenset(places), frozenset(refused)) if numbers or gpus else None
+
+
+def _due(gpu: Gpu, now: float) -> bool:
+    return not now < gpu.retry <= now + LAST_RETRY  # farther away than that: the clock was set back
+
+
+class Survey(NamedTuple):
+    """What the hardware shows of one GPU: its geometry, its instances, and by GI id who holds one, and why the GPU
+    would not destroy one."""
+
+    geometry: Geometry
+    seen: Sequence[DeviceInstance]
+    held: Mapping[int, str]
+    refused: Mapping[int, str] = {}
+
+
+Grants = Mapping[int, tuple[Run, int, str, Sequence[str]]]
+"""What jobs were told, by job id: run, uid, request, UUIDs."""
+
+
+def mend(state: State, gpu: Gpu, survey: Survey | str, dead: Container[int], grants: Grants, now: float) -> list[str]:
+    """Make the records of one GPU agree with what the hardware shows, or with that it does not answer (and why).
+
+    `dead` are the intents that were abandoned. Returns a line for each thing that an administrator should know.
+    """
+    if isinstance(survey, str):
+        lines = [*_lose(state, gpu, survey, dead)]
+    else:
+        returned = bool(gpu.fault) and not gpu.left
+        gpu.model = survey.geometry.model
+        state.geometries[gpu.model] = survey.geometry
+        lines = [*_compare(state, gpu, survey, dead, now)]
+        if returned:  # while it was away the inventory may have been rebuilt without it
+            _entitle(state, grants, now)
+    state.intents = [i for i in state.intents if i.number not in dead or state.touched(i)]
+    refused = survey.refused if isinstance(survey, Survey) else {}
+    if any(i.trouble in ("refused", "half-made") and i.gi not in refused for i in gpu.instances) and not gpu.fault:
+        gpu.retry = 0.0  # not tried yet: at once
+    elif gpu.fault or any(i.trouble in ("refused", "half-made", "foreign") for i in gpu.instances):
+        gpu.retry = now + min(FIRST_RETRY * 2**gpu.tries, LAST_RETRY)
+        gpu.tries = min(gpu.tries + 1, 10)
+    else:
+        gpu.retry, gpu.tries = 0.0, 0
+    return lines
+
+
+def _lose(state: State, gpu: Gpu, fault: str, dead: Container[int]) -> Iterator[str]:
+    """A GPU that does not answer: it is not offered, and what its jobs have stays theirs."""
+    if gpu.fault != fault and not gpu.left:
+        runs = [str(a.run) for a in state.allocations for g, _ in state.held(a) if g is gpu]
+        yield f"GPU {gpu.uuid} is not offered: {fault}; " + (
+            f"lost with it: run {', '.join(dict.fromkeys(runs))}" if runs else "no run has an instance of it"
+        )
+    gpu.doubt, gpu.fault = "", fault
+    for record in gpu.instances:
+        if record.intent is not None and record.intent in dead:
+            record.intent = None
+            if record.status == "busy":
+                record.status = "idle"
+            else:  # whatever is left there is ours to remove, once the GPU is back
+                record.status, record.trouble, record.note = "quarantined", "half-made", "its GPU did not answer"
+
+
+def _compare(state: State, gpu: Gpu, survey: Survey, dead: Container[int], now: float) -> Iterator[str]:
+    """What RMS does not know is adopted as idle if it is whole and nobody holds it, quarantined otherwise: never
+    destroyed. Records of living intents are left alone, and those of runs are never given away."""
+    runs = {generation: a.run for a in state.allocations for generation in a.instances}
+    there = {instance.placement: instance for instance in survey.seen}
+    gpu.doubt, gpu.fault = "", gpu.fault if gpu.left else ""
+    free, living, lost = [], 0, 0  # memory slices as bits
+    for record in gpu.instances:
+        actual = there.get(record.placement)
+        if record.intent is not None and record.intent not in dead:
+            living |= record.placement.mask
+        elif (run := runs.get(record.generation)) is None:
+            free.append(record)
+        elif actual and (actual.gi, actual.ci, actual.uuid) == (record.gi, record.ci, record.uuid):
+            record.trouble, record.note = "", ""
+            del there[record.placement]
+        else:
+            lost |= record.placement.mask
+            if record.trouble != "lost":
+                record.trouble, record.note = "lost", "it vanished: a reset, a reloaded driver, or by hand"
+                yield f"{_where(gpu, record.placement)}: the instance of run {run} is lost; {record.note}"
+    for record in free:
+        actual = there.pop(record.placement, None)
+        record.intent, before = None, record.trouble
         if actual is None:
             gpu.instances.remove(record)
+            if before or record.status == "idle":
+                how = "removed" if before in ("half-made", "refused") else "gone, by somebody else's hand"
+                yield f"{_where(gpu, record.placement)}: {before or 'idle'}, now {how}"
             continue
         record.gi, record.ci, record.uuid = actual.gi, actual.ci, actual.uuid
-        half_made = FOREIGN if record.note == FOREIGN else HALF_MADE
-        record.note = held.get(actual.gi, "") or (half_made if actual.ci is None else "")
-        record.status = "quarantined" if record.note else "idle"
+        record.trouble, record.note = _judge(actual, survey, lost, before or "half-made")
+        record.status = "quarantined" if record.trouble else "idle"
+        if record.trouble != before:
+            yield f"{_where(gpu, record.placement)}: {_fate(record)}"
     for placement, actual in there.items():
-        if any(i.intent is not None and i.placement.mask & placement.mask for i in gpu.instances):
+        if placement.mask & living:
             continue  # a living intent is at work just there
-        note = held.get(actual.gi, "") or (FOREIGN if actual.ci is None else "")
-        status: Status = "quarantined" if note else "idle"
-        gpu.instances.append(
-            Instance(state.number(), placement, status, actual.gi, actual.ci, actual.uuid, used=now, note=note)
+        trouble, note = _judge(actual, survey, lost, "foreign")
+        ids = (actual.gi, actual.ci, actual.uuid)
+        new = Instance(state.number(), placement, "quarantined" if trouble else "idle", *ids, None, now, trouble, note)
+        gpu.instances.append(new)
+        yield f"{_where(gpu, placement)}: not known to RMS; {_fate(new)}"
+
+
+def _judge(actual: DeviceInstance, survey: Survey, lost: int, before: Trouble) -> tuple[Trouble, str]:
+    """What is wrong with an instance that no run has. `lost` are the slices where runs have lost theirs, `before` is
+    what was wrong with it, or will be if it is not whole."""
+    refusal = survey.refused.get(actual.gi, "")
+    if actual.gi in survey.held:
+        return "held", survey.held[actual.gi]
+    if actual.placement.mask & lost:
+        return "foreign", "it stands where a run has lost its instance"
+    if actual.ci is None:
+        return (
+            ("foreign", "half-made, and not by RMS") if before == "foreign" else ("half-made", refusal or "half-made")
         )
-    gpu.doubt, gpu.fault = "", LEFT if gpu.fault == LEFT else ""
-    state.intents = [i for i in state.intents if i.number not in dead or state.touched(i)]
+    return ("refused", refusal or "the GPU would not destroy it") if before == "refused" else ("", "")
+
+
+def _where(gpu: Gpu, placement: Placement) -> str:
+    return f"GPU {gpu.uuid} {placement}"
+
+
+def _fate(instance: Instance) -> str:
+    return f"quarantined: {instance.note}" if instance.trouble else "idle"
 
 
 def discover(
-    state: State, boot_id: str, managed: Sequence[str | int], geometries: dict[str, Geometry], now: float
+    state: State, boot_id: str, managed: Sequence[str | int], found: Mapping[str, Geometry | str], now: float
 ) -> None:
-    """Take in the GPUs that the config names (`geometries` by UUID), after a reboot, a change of config or at first.
+    """Take in the GPUs that the config names, after a reboot, a change of config or at first.
 
-    A reboot ends every instance, and so every allocation. A GPU that the config no longer names is forgotten, unless a
-    job still holds an instance of it: then it stays until that is released, and offers no room.
+    `found` has by UUID the geometry of each, or why it does not answer; one at least must. A reboot ends every
+    instance, and so every allocation. A GPU that the config no longer names is forgotten, unless a job still holds an
+    instance of it: then it stays until that is released, and offers no room.
     """
     if state.boot_id != boot_id:
         for allocation in state.allocations:
             state.close(allocation.run, now)
         state.allocations, state.intents, state.gpus = [], [], []
+    offered = state.geometries | {answer.model: answer for answer in found.values() if isinstance(answer, Geometry)}
     known = {gpu.uuid: gpu for gpu in state.gpus}
-    fresh = [known.pop(uuid, Gpu(uuid, geometry.model)) for uuid, geometry in geometries.items()]
+    fresh = [known.pop(uuid, Gpu(uuid, next(reversed(offered)))) for uuid in found]
     for gpu in fresh:
-        gpu.doubt, gpu.fault = "not yet compared with the hardware", ""
+        answer = found[gpu.uuid]
+        gpu.model = answer.model if isinstance(answer, Geometry) else gpu.model
+        gpu.doubt, gpu.fault, gpu.left = "not yet compared with the hardware", "", False
     for gpu in known.values():
         if in_use(state, gpu):
-            gpu.fault = LEFT
+            gpu.fault, gpu.left = "no longer in the configuration", True
             fresh.append(gpu)
     state.boot_id, state.managed, state.gpus = boot_id, list(managed), fresh
-    offered = state.geometries | {geometry.model: geometry for geometry in geometries.values()}
     state.geometries = {gpu.model: offered[gpu.model] for gpu in fresh}
 
 
@@ -426,28 +591,22 @@ def in_use(state: State, gpu: Gpu) -> bool:
     return any(i.intent is not None or i.generation in owned for i in gpu.instances)
 
 
-class Survey(NamedTuple):
-    """What the hardware shows of one GPU: its geometry, its instances, and for a GI id who holds it."""
-
-    geometry: Geometry
-    seen: Sequence[DeviceInstance]
-    held: Mapping[int, str]
-
-
 def recover(
     state: State,
     boot_id: str,
     managed: Sequence[str | int],
-    surveys: Mapping[str, Survey],
-    grants: Mapping[int, tuple[Run, int, str, Sequence[str]]],
+    surveys: Mapping[str, Survey | str],
+    grants: Grants,
     now: float,
-) -> None:
+) -> list[str]:
     """Rebuild the inventory from an older state (or none), the hardware, and the grants that jobs were given.
 
-    The grants (job: run, uid, request, UUIDs) decide who has what: they are written after the state and removed with
-    it, so what the older state says of a run without one is out of date.
+    The grants decide who has what: they are written after the state and removed with it, so what the older state says
+    of a run without one is out of date. Of a GPU that does not answer the older state is believed. Returns lines for
+    the administrator.
     """
-    discover(state, boot_id, managed, {gpu: survey.geometry for gpu, survey in surveys.items()}, now)
+    found = {gpu: survey if isinstance(survey, str) else survey.geometry for gpu, survey in surveys.items()}
+    discover(state, boot_id, managed, found, now)
     in_flight = {intent.run for intent in state.intents}
     state.allocations = [
         a
@@ -456,17 +615,32 @@ def recover(
     ]
     state.intents = []
     state.counter += 1000  # numbers that the lost state may have given
-    for gpu in state.gpus:
-        if survey := surveys.get(gpu.uuid):
-            reconcile(state, gpu, survey.seen, survey.held, range(state.counter), now)
+    lines = [
+        line
+        for gpu in state.gpus
+        if gpu.uuid in surveys
+        for line in mend(state, gpu, surveys[gpu.uuid], range(state.counter), {}, now)
+    ]
+    _entitle(state, grants, now)
+    return lines
+
+
+def _entitle(state: State, grants: Grants, now: float) -> None:
+    """Let the runs own what their grants name and nobody has. A run of whose instances nothing is found is dropped,
+    unless they may be on a GPU that does not answer."""
     owned = {generation for a in state.allocations for generation in a.instances}
     by_uuid = {i.uuid: i for gpu in state.gpus for i in gpu.instances if i.uuid and i.generation not in owned}
+    unseen = any(gpu.fault and not gpu.left for gpu in state.gpus)
     for run, uid, request, uuids in grants.values():
-        if state.of_run(run) is None:
-            theirs = [by_uuid.pop(uuid) for uuid in uuids if uuid in by_uuid]
-            if not theirs:
+        allocation = state.of_run(run)
+        theirs = {i.uuid: i for _, i in state.held(allocation)} if allocation else {}
+        theirs |= {uuid: by_uuid.pop(uuid) for uuid in uuids if uuid in by_uuid and uuid not in theirs}
+        if allocation is None:
+            if not theirs and not unseen:
                 continue  # a grant from before a reboot, or whose instances are gone: nothing to protect
-            for instance in theirs:
-                instance.status, instance.note = "busy", ""
-            generations = [instance.generation for instance in theirs]
-            state.allocations.append(Allocation(run, uid, request, None, None, now, boot_id, generations, granted=True))
+            allocation = Allocation(run, uid, request, None, None, now, state.boot_id, [], granted=True)
+            state.allocations.append(allocation)
+        for instance in theirs.values():
+            if instance.generation not in owned:
+                instance.status, instance.trouble, instance.note = "busy", "", ""
+        allocation.instances = [theirs[uuid].generation for uuid in uuids if uuid in theirs]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from rms.config import Config
 from rms.device import DeviceError, Nvml
@@ -32,6 +33,7 @@ def switch(config: Config, device: NvmlDevice, gpu: str, on: bool, say: Callable
             if board.mig[0] and not on:
                 _empty(device, gpu, _look(store))
             device.set_mig_mode(gpu, on)
+            _mark(store, gpu)
             say(f"GPU {gpu}: MIG mode is {_word(on)}")
     except DeviceError as error:
         if error.code == Nvml.RESET_REQUIRED:
@@ -62,6 +64,15 @@ def _empty(device: NvmlDevice, gpu: str, state: State) -> None:
         if instance.ci is not None:
             device.destroy_compute_instance(gpu, instance.gi, instance.ci)
             device.destroy_gpu_instance(gpu, instance.gi)
+
+
+def _mark(store: Store, gpu: str) -> None:
+    """Let the next hook look at a GPU, and not only when it is time for that."""
+    with suppress(Damaged), store.open("mig") as state:
+        for known in state.gpus:
+            if known.uuid == gpu:
+                known.doubt = "its MIG mode was changed"
+                store.save(state)
 
 
 def _look(store: Store) -> State:

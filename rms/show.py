@@ -16,7 +16,7 @@ from rms import config as configuration
 from rms.config import Config
 from rms.errors import NodeError
 from rms.geometry import Geometry, Placement
-from rms.inventory import Allocation, Intent, State
+from rms.inventory import Allocation, State
 from rms.request import printable
 from rms.store import Damaged, Store
 
@@ -109,6 +109,9 @@ def report(
                 "model": gpu.model,
                 "fault": gpu.fault,
                 "doubt": gpu.doubt,
+                "left": gpu.left,
+                "tries": gpu.tries,
+                "retry": gpu.retry,
                 "instances": [
                     {
                         "generation": i.generation,
@@ -118,6 +121,7 @@ def report(
                         "ci": i.ci,
                         "uuid": i.uuid,
                         "used": i.used,
+                        "trouble": i.trouble,
                         "note": i.note,
                         "intent": i.intent,
                         "run": str(runs[i.generation].run) if i.generation in runs else None,
@@ -131,7 +135,7 @@ def report(
         "allocations": [
             {
                 **a.run._asdict(),
-                "status": _status(a, state.intents),
+                "status": _status(a, state),
                 "uid": a.uid,
                 "user": user_name(a.uid),
                 "request": a.request,
@@ -157,9 +161,12 @@ def report(
     }
 
 
-def _status(allocation: Allocation, intents: Sequence[Intent]) -> str:
-    if any(intent.run == allocation.run and intent.kind == "release" for intent in intents):
+def _status(allocation: Allocation, state: State) -> str:
+    if any(intent.run == allocation.run and intent.kind == "release" for intent in state.intents):
         return "ending"
+    held = state.held(allocation)
+    if any(i.trouble == "lost" or (gpu.fault and not gpu.left) for gpu, i in held) or (allocation.granted and not held):
+        return "lost"
     return "running" if allocation.granted else "starting"
 
 
@@ -200,7 +207,8 @@ def draw(found: Mapping[str, Any], width: int = 80, paint: Paint = plain) -> str
         for i in gpu["instances"]:
             if i["note"]:
                 place = Placement(i["profile"], i["start"], i["size"])
-                lines += _warning(f"{place} {i['status']}: {i['note']}", width, paint)
+                what = "lost" if i["trouble"] == "lost" else i["status"]
+                lines += _warning(f"{place} {what}: {i['note']}", width, paint)
     if allocations:
         lines += ["", *_table(_rows(found), width, paint)]
     return "".join(f"{line}\n" for line in lines)

@@ -34,13 +34,16 @@ class Damaged(Exception):
 
 
 class Store:
-    """The state in `directory`. `deadline` is when waiting for locks must end (time.monotonic)."""
+    """The state in `directory`. `deadline` is when waiting for locks must end (time.monotonic). With `rehearsal` what
+    is saved is remembered here, and not written."""
 
-    def __init__(self, directory: str, deadline: float) -> None:
+    def __init__(self, directory: str, deadline: float, rehearsal: bool = False) -> None:
         self.path = os.path.join(directory, "state.json")
         self._directory = directory
         self._deadline = deadline
         self._body = ""  # the JSON text that the file is known to have: what need not be written again
+        self._rehearsal = rehearsal
+        self._rehearsed = ""
 
     @contextmanager
     def open(self, what: str) -> Iterator[State]:
@@ -84,6 +87,9 @@ class Store:
         body = inventory.to_json(state)
         if body == self._body:
             return
+        if self._rehearsal:
+            self._rehearsed = body
+            return
         data = f'{{"crc32":{zlib.crc32(body.encode())},"state":{body}}}\n'
         try:
             files.replace(self.path, data.encode(), keep=f"{self.path}.previous")
@@ -93,6 +99,8 @@ class Store:
 
     def _load(self) -> State:
         self._body = ""
+        if self._rehearsed:
+            return inventory.from_json(json.loads(self._rehearsed))
         try:
             state, self._body = _read(self.path)
             return state
@@ -147,7 +155,7 @@ def _read(path: str) -> tuple[State, str]:
     data: Any = json.loads(body)
     if not isinstance(data, dict):
         raise ValueError("not an object")
-    if data.get("schema") != inventory.SCHEMA:
+    if data.get("schema") not in range(1, inventory.SCHEMA + 1):
         raise NodeError(
             f"{path} has schema {data.get('schema')}, this RMS knows {inventory.SCHEMA}: "
             "install the RMS that wrote it, or move the file away while no job runs"

@@ -19,7 +19,7 @@ import throwaway
 from hypothesis import HealthCheck, settings
 
 import controller as local
-from rms import config, fence, grant, planner
+from rms import config, fence, grant, hardware, planner
 from rms.geometry import Placement
 from rms.inventory import Run, State
 from rms.nvml import NvmlDevice
@@ -111,6 +111,10 @@ class Node:
     def release(self, job: int, restart: int = 0) -> None:
         """One release in this process."""
         self.controller().release(run(job, restart))
+
+    def reconcile(self, *over: int) -> None:
+        """`rms reconcile` in this process; Slurm says that these jobs are over."""
+        self.controller().reconcile(lambda standing: [run for run in standing if run.job in over])
 
     def command(self, *arguments: str) -> list[str]:
         """The command line of the controller."""
@@ -241,7 +245,7 @@ def run(job: int, restart: int = 0) -> Run:
 
 def open_gpus(node: Node) -> list[str]:
     """UUIDs of the GPUs that the node's configuration names."""
-    device = local.open_device(node.config, config.boot_id(node.config))
+    device = hardware.open_device(node.config, config.boot_id(node.config))
     try:
         return list(device.gpus())
     finally:

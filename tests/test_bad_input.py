@@ -432,9 +432,9 @@ def test_a_newer_state_through_the_command_line(busy: Node) -> None:
     text = path.read_text()
     import zlib
 
-    body = json.dumps({"schema": 2})
+    body = json.dumps({"schema": 3})
     path.write_text(f'{{"crc32":{zlib.crc32(body.encode())},"state":{body}}}\n')
-    refused(busy, NODE, *ACQUIRE, "--request=1g", says="has schema 2, this RMS knows 1")
+    refused(busy, NODE, *ACQUIRE, "--request=1g", says="has schema 3, this RMS knows 2")
     path.write_text(text)
     busy.check()
 

@@ -323,6 +323,7 @@ def test_a_call_may_die_and_take_the_state_with_it(node: Node, name: str) -> Non
             for gpu, gi in half_made:
                 if gi in {i.gi for i in node.device().instances(gpu)}:
                     node.device().destroy_gpu_instance(gpu, gi)
+            node.reconcile()
             aftermath(node, name, step, safe)
         except Exception as error:
             raise AssertionError(f"{name}: killed before step {step}, {where}: {error}; {node.log}") from error

@@ -245,7 +245,7 @@ def test_no_link_and_no_other_file_is_touched(node: Node, what: str, fast_dir: P
         os.mknod(path, 0o644 | stat.S_IFCHR, os.makedev(1, 3))
         target = path
     before = target.stat()
-    with pytest.raises(NodeError, match=f"{path} is not the device 1:.*: remove it"):
+    with pytest.raises(NoRoomError, match=f"{path} is not the device 1:.*: remove it"):
         node.controller().acquire(run(2), BOB, "3g:4", 1, None)
     assert target.stat() == before
     path.unlink()

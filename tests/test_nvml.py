@@ -30,8 +30,7 @@ from test_simulated import (  # noqa: F401
     test_uuids_come_back_for_the_same_place_and_differ_for_others,
 )
 
-import controller
-from rms import geometry, grant, nvml
+from rms import geometry, grant, hardware, nvml
 from rms.config import Config
 from rms.device import Device, DeviceError, Nvml
 from rms.errors import NodeError, NoRoomError
@@ -422,7 +421,7 @@ def test_mig_mode_that_a_reboot_has_ended(make_node: Callable[..., Node]) -> Non
 def test_a_driver_that_is_not_there(fast_dir: Path, broken: int, text: str) -> None:
     Machine(fast_dir / "machine", broken=broken).use()
     with pytest.raises(NodeError, match=f"cannot open the GPUs: open NVML: NVML error {broken} .*{text}"):
-        controller.open_device(Config((0,)), "boot")
+        hardware.open_device(Config((0,)), "boot")
 
 
 def test_no_library_and_no_python_module(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -431,10 +430,10 @@ def test_no_library_and_no_python_module(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(pynvml, "nvmlInit", missing)
     with pytest.raises(NodeError, match=r"no libnvidia-ml\.so\.1: install the driver"):
-        controller.open_device(Config((0,)), "boot")
+        hardware.open_device(Config((0,)), "boot")
     monkeypatch.setitem(sys.modules, "rms.nvml", None)
     with pytest.raises(NodeError, match=r"pip install 'rms-mig\[nvml\]'"):
-        controller.open_device(Config((0,)), "boot")
+        hardware.open_device(Config((0,)), "boot")
 
 
 def test_a_driver_that_is_too_old(machine: Machine, device: NvmlDevice, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -510,7 +509,7 @@ def test_a_destroy_that_is_busy_for_a_moment(node: Node) -> None:
 
 def test_a_destroy_that_stays_busy_with_nobody_to_be_seen(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a process with the whole GPU makes it: another GPU is taken, or the node is at fault; no endless trying."""
-    monkeypatch.setattr(controller, "DESTROY_SECONDS", 0.2)
+    monkeypatch.setattr(hardware, "DESTROY_SECONDS", 0.2)
     node.acquire(1, "3g")
     node.release(1)
     node.machine.fail(DESTROY_CI, Nvml.IN_USE, gpu=0, times=-1)
@@ -519,9 +518,14 @@ def test_a_destroy_that_stays_busy_with_nobody_to_be_seen(node: Node, monkeypatc
     with pytest.raises(NoRoomError):
         node.acquire(3, "7g")
     node.release(2)
-    with pytest.raises(NodeError, match=f"GPU {node.machine.uuids[0]}: destroy CI 0 of GI 2: NVML error 19"):
+    before = len(node.journal())
+    with pytest.raises(NoRoomError):
         node.acquire(4, "7g:2")
+    assert node.statuses()["0:3g.40gb@4:4"] == "quarantined"
+    assert len(node.journal()) == before, "it is not tried again at once"
     node.machine.mend()
+    node.reconcile()
+    assert "0:3g.40gb@4:4" not in node.statuses()
     node.check_empties()
 
 
@@ -551,6 +555,7 @@ def test_a_gpu_that_is_lost_in_the_middle(node: Node, after: int) -> None:
     assert [a.run.job for a in state.allocations] == ([1, 3] if granted else [1])
     assert sorted(grant.granted(node.config.run_dir)) == ([1, 3] if granted else [1])
     node.machine.mend()
+    node.reconcile()
     node.acquire(4, "1g")
     node.check()
     node.check_empties()

@@ -46,6 +46,7 @@ def instance(number: int, spot: str, status: str = "busy", intent: int | None = 
         f"MIG-{number:08x}-1111-5222-a333-444444444444" if made else None,
         intent,
         NOW - 60,
+        "held" if note else "",
         note,
     )
 
@@ -221,8 +222,8 @@ def test_an_allocation_whose_instances_vanished() -> None:
         allocations=(allocation("7.0", 1001, "1g.10gb:1", 5, None, 99), allocation("6.0", 1001, "2g:1", 5, None)),
     )
     assert draw(found(held)).splitlines()[-2:] == [
-        "6.0 alice 2g:1      -   -         -   0:05 -",
-        "7.0 alice 1g.10gb:1 ?   ?         ?   0:05 -",
+        "6.0 alice 2g:1      -   -         -   lost -",
+        "7.0 alice 1g.10gb:1 ?   ?         ?   lost -",
     ]
 
 
@@ -320,6 +321,7 @@ def test_json_has_everything() -> None:
         "ci": 0,
         "uuid": "MIG-00000002-1111-5222-a333-444444444444",
         "used": NOW - 60,
+        "trouble": "",
         "note": "",
         "intent": None,
         "run": "4712.0",
@@ -481,10 +483,10 @@ def test_state_that_is_lost_is_one_line(site: Path, capsys: pytest.CaptureFixtur
 
 def test_state_of_a_newer_rms(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = save(site, state(gpu(1)))
-    body = path.read_text().partition(',"state":')[2][:-2].replace('"schema":1', '"schema":2')
+    body = path.read_text().partition(',"state":')[2][:-2].replace('"schema":2', '"schema":3')
     path.write_text(f'{{"crc32":{zlib.crc32(body.encode())},"state":{body}}}\n')
     out, err = rms(capsys, "show", code=NodeError.code)
-    assert out == "" and err.startswith(f"rms: {path} has schema 2, this RMS knows 1: ") and err.count("\n") == 1
+    assert out == "" and err.startswith(f"rms: {path} has schema 3, this RMS knows 2: ") and err.count("\n") == 1
 
 
 def test_it_waits_for_no_lock_and_leaves_none(site: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,229 @@
+"""What a transaction does to instances between deciding and saving the outcome, with the locks of their GPUs held.
+
+Each function does one step and says how it ended; none of them knows the state file or a job.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+from rms import fence
+from rms.config import Config
+from rms.device import Device, DeviceError, DeviceInstance, Nvml
+from rms.errors import NodeError, RequestError
+from rms.inventory import Claim, Gpu, Outcome, State, Step, Survey
+
+RETRY_SECONDS = 0.1
+"""Pause between two looks at what another process has to let go."""
+DESTROY_SECONDS = 2.0
+"""How long a destroy that is IN_USE is tried again: the driver lets go of a client a moment after it ended."""
+
+NOTHING = Claim((), (), frozenset(), frozenset())
+
+
+def open_device(config: Config, boot_id: str) -> Device:
+    """A session with the GPUs that the config names: real ones, unless it has simulated ones. Raises NodeError."""
+    try:
+        if sim := config.simulated:
+            from rms.simulated import SimulatedDevice
+
+            return SimulatedDevice(
+                sim.file,
+                sim.model,
+                sim.gpus,
+                config.gpus,
+                boot_id,
+                sim.create_seconds,
+                sim.destroy_seconds,
+                sim.nodes if config.fence else "",
+            )
+        from rms.nvml import NvmlDevice
+
+        return NvmlDevice(config.gpus, config.driver_root, config.fence)
+    except (DeviceError, RequestError) as error:
+        raise NodeError(f"cannot open the GPUs: {error}") from error
+    except ImportError as error:
+        raise NodeError(f"real GPUs need nvidia-ml-py beside RMS, pip install 'rms-mig[nvml]': {error}") from error
+
+
+def change(
+    device: Device, steps: Sequence[Step], uid: int, deadline: float, told: Callable[..., None]
+) -> tuple[list[Outcome], dict[str, str]]:
+    """All of an acquire. Stops at the first instance that is held or fails; says which GPU failed, and why.
+
+    `told` is called with event, gpu, placement, seconds and result of each step. The user is let in last, so that what
+    comes to nothing is still fenced from everybody.
+    """
+    outcomes: list[Outcome] = []
+    steps = sorted(steps, key=lambda s: ("busy", "removing", "making").index(s.status))
+    for step in steps:
+        began = time.monotonic()
+        fault = ""
+        try:
+            outcomes.append(make(device, step) if step.status == "making" else take(device, step, deadline))
+            if outcomes[-1].trouble == "refused":  # counts against the GPU: another instance of it hardly fares better
+                fault = outcomes[-1].note
+        except DeviceError as error:
+            fault = str(error)
+            if step.status == "making":  # what it has left on the GPU, if anything, is ours to remove
+                outcomes.append(Outcome(step.generation, None, None, None, "half-made", "half-made"))
+        told(
+            event={"busy": "reuse", "removing": "destroy", "making": "create"}[step.status],
+            gpu=step.gpu,
+            placement=str(step.placement),
+            seconds=round(time.monotonic() - began, 6),
+            result=fault or outcomes[-1].note or "done",
+        )
+        if fault:
+            return outcomes, {step.gpu: fault}
+        if outcomes[-1].trouble:
+            return outcomes, {}
+    theirs = [(step, outcome) for step, outcome in zip(steps, outcomes, strict=True) if step.status != "removing"]
+    if broken := _admit_all(device, theirs, uid):
+        broken |= _admit_all(device, theirs, None)
+    return outcomes, broken
+
+
+def _admit_all(device: Device, theirs: Sequence[tuple[Step, Outcome]], uid: int | None) -> dict[str, str]:
+    broken = {}
+    for step, outcome in theirs:
+        try:
+            admit(device, step.gpu, outcome.gi, outcome.ci, uid)
+        except DeviceError as error:
+            broken[step.gpu] = str(error)
+    return broken
+
+
+def make(device: Device, step: Step) -> Outcome:
+    """Create an instance, GI then CI, and fence it from all users; it is taken back where that fails.
+
+    Raises DeviceError.
+    """
+    gi = device.create_gpu_instance(step.gpu, step.placement.profile, step.placement.start)
+    ci = None
+    try:
+        ci = device.create_compute_instance(step.gpu, gi)
+        admit(device, step.gpu, gi, ci, None)
+        made = Outcome(step.generation, gi, ci, device.uuid(step.gpu, gi, ci))
+        pids = device.holders(step.gpu, gi, ci)  # who was quicker than the fence
+    except DeviceError:
+        with suppress(DeviceError):
+            if ci is not None:
+                device.destroy_compute_instance(step.gpu, gi, ci)
+            device.destroy_gpu_instance(step.gpu, gi)
+        raise
+    return made._replace(trouble="held", note=_held_by(pids)) if pids else made
+
+
+def admit(device: Device, gpu: str, gi: int | None, ci: int | None, uid: int | None) -> None:
+    """Let one user open an instance besides root, or nobody. Raises DeviceError."""
+    if gi is not None:
+        fence.fence(device.capabilities(gpu, gi, ci), uid)
+
+
+def take(device: Device, step: Step, deadline: float) -> Outcome:
+    """Make sure that nobody holds an idle instance; destroy it if it is to be removed. Raises DeviceError."""
+    gi, ci = step.gi, step.ci
+    if gi is None or ci is None:
+        raise DeviceError(Nvml.NOT_FOUND, f"{step.placement} has no instance")
+    stands = Outcome(step.generation, gi, ci, step.uuid)
+    admit(device, step.gpu, gi, ci, None)
+    if pids := device.holders(step.gpu, gi, ci):
+        return stands._replace(trouble="held", note=_held_by(pids))
+    if step.status == "busy":
+        return stands
+    until = min(time.monotonic() + DESTROY_SECONDS, deadline)
+    try:
+        _patiently(lambda: device.destroy_compute_instance(step.gpu, gi, ci), until)
+    except DeviceError as error:
+        if error.code == Nvml.IN_USE:  # nobody is to be seen: a process that has the whole GPU does that
+            return stands._replace(trouble="refused", note=str(error))
+        raise
+    _patiently(lambda: device.destroy_gpu_instance(step.gpu, gi), until)
+    return Outcome(step.generation, None, None, None)
+
+
+def _patiently(destroy: Callable[[], None], until: float) -> None:
+    while True:
+        try:
+            return destroy()
+        except DeviceError as error:
+            if error.code != Nvml.IN_USE or time.monotonic() > until:
+                raise
+        time.sleep(RETRY_SECONDS)
+
+
+def look(device: Device, step: Step) -> Outcome:
+    """Fence an instance from the user whose run has ended, and look whether anybody still holds it.
+
+    Raises DeviceError.
+    """
+    stands = Outcome(step.generation, step.gi, step.ci, step.uuid)
+    try:
+        admit(device, step.gpu, step.gi, step.ci, None)
+        pids = device.holders(step.gpu, step.gi or 0, step.ci or 0)
+    except DeviceError as error:
+        if error.code == Nvml.NOT_FOUND:  # it vanished while the job ran: nothing to take back
+            return Outcome(step.generation, None, None, None)
+        raise
+    return stands._replace(trouble="held", note=_held_by(pids)) if pids else stands
+
+
+def survey(device: Device, gpu: str, claim: Claim = NOTHING, rehearsal: bool = False) -> Survey:
+    """What is on a GPU, once what the claim says is ours to remove was removed. Raises DeviceError.
+
+    In a rehearsal nothing is removed, and what would be is left out.
+    """
+    seen, held, refused = [], {}, {}
+    for found in device.instances(gpu):
+        ours = (gpu, found.placement) in (claim.places if found.ci is None else claim.refused)
+        if found.ci is not None and (pids := device.holders(gpu, found.gi, found.ci)):
+            held[found.gi] = _held_by(pids)
+        elif ours and rehearsal:
+            continue
+        elif ours and (refusal := _remove(device, gpu, found)):
+            refused[found.gi] = refusal
+        elif ours:
+            continue
+        seen.append(found)
+    return Survey(device.geometry(gpu), seen, held, refused)
+
+
+def _remove(device: Device, gpu: str, found: DeviceInstance) -> str:
+    """Destroy an instance, whole or not. Returns why the GPU would not."""
+    try:
+        if found.ci is not None:
+            device.destroy_compute_instance(gpu, found.gi, found.ci)
+        device.destroy_gpu_instance(gpu, found.gi)
+    except DeviceError as error:
+        return str(error)
+    return ""
+
+
+def fence_all(device: Device, state: State, gpu: Gpu, before: str, rehearsal: bool = False) -> list[str]:
+    """Make the fences on a GPU agree with the inventory. Returns lines for the administrator.
+
+    A GPU where one can't be shut is not offered; `before` is why it was not so far.
+    """
+    users = {generation: a.uid for a in state.allocations for generation in a.instances}
+    lines = []
+    # Whoever is at work on an instance sees to its fence.
+    for instance in [] if rehearsal or gpu.fault else [i for i in gpu.instances if i.intent is None]:
+        uid = None if instance.trouble == "lost" else users.get(instance.generation)  # its place may be another's now
+        try:
+            admit(device, gpu.uuid, instance.gi, instance.ci, uid)
+        except DeviceError as error:
+            if uid is not None:
+                lines.append(f"instance {instance.uuid} of user {uid}: {error}")
+            else:
+                gpu.fault = str(error)
+                lines += [f"GPU {gpu.uuid} is not offered: {error}"] if gpu.fault != before else []
+    if before and not gpu.fault:
+        lines.append(f"GPU {gpu.uuid} is offered again")
+    return lines
+
+
+def _held_by(pids: Sequence[int]) -> str:
+    return f"held by process {', '.join(str(pid) for pid in pids[:5])}"
