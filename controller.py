@@ -95,6 +95,15 @@ class Controller:
         _check(run)
         self._recovering(lambda: self._release(run))
 
+    def look(self) -> None:
+        """Mend what was left undone, and take in the GPUs after a reboot. Raises NodeError."""
+
+        def look() -> None:
+            with self._open("look"):
+                pass
+
+        self._recovering(look)
+
     def standing(self, run: Run) -> list[Run]:
         """The runs of a run's job that hold something. Raises NodeError."""
 

@@ -63,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--slurm-conf", metavar="PATH", default="/etc/slurm/slurm.conf", help="where they have slurm.conf"
     )
+    verb.add_argument(
+        "--admission", choices=config.ADMISSIONS, help="what slurmctld is told of what fits (default: as rms.toml says)"
+    )
     verb.add_argument("--write", metavar="DIR", help="write the files into DIR instead of printing them")
 
     verb = verbs.add_parser(
@@ -80,6 +83,15 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--seconds", type=float, default=2.0, metavar="S", help="between two looks at the queue (default: %(default)s)"
     )
+
+    verb = verbs.add_parser(
+        "publish", allow_abbrev=False, help="tell slurmctld what fits on this node: at boot, from a timer"
+    )
+    verb.set_defaults(verb=publish)
+    verb.add_argument(
+        "--slurm-conf", metavar="PATH", default=os.environ.get("SLURM_CONF", "/etc/slurm/slurm.conf"), help="slurm.conf"
+    )
+    _node_options(verb)
 
     verb = verbs.add_parser(
         "simulate", allow_abbrev=False, help="policies side by side on recorded or made-up jobs (docs/simulate.md)"
@@ -219,7 +231,7 @@ def slurm_config(options: argparse.Namespace) -> int:
     """Print or write what a site puts into its Slurm configuration."""
     from slurm import site
 
-    made = site.files(options.model, options.gpus, options.nodes, options.config, options.slurm_conf)
+    made = site.files(options.model, options.gpus, options.nodes, options.config, options.slurm_conf, options.admission)
     if options.write:
         site.write(made, options.write)
         print(f"{len(made)} files in {options.write}; {site.SETTINGS} has the lines for slurm.conf")
@@ -236,6 +248,20 @@ def watch(options: argparse.Namespace) -> int:
     service.run(
         options.slurm_conf, options.gpus, options.seconds, lambda text: print(text, file=sys.stderr, flush=True)
     )
+
+
+def publish(options: argparse.Namespace) -> int:
+    """Tell slurmctld what fits, after the inventory was looked at: it may be from before a reboot."""
+    settings = _settings(options)
+    if settings.admission == "sums":
+        print('admission = "sums": nothing is published')
+        return 0
+    import controller
+    from slurm.publish import Publisher
+
+    controller.Controller(settings).look()
+    Publisher(settings, options.slurm_conf, options.node, lambda text: print(f"rms: {text}", file=sys.stderr)).now()
+    return 0
 
 
 def simulate(options: argparse.Namespace) -> int:

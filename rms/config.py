@@ -46,10 +46,13 @@ class Config(NamedTuple):
     """Whether only the user of a job may open its instances. Without, every user of the node may open any instance."""
     driver_root: str = "/"
     """Where the driver's /proc and /dev are; another directory only in tests."""
+    admission: str = "sums"
+    """What slurmctld is told of what fits: `features` or `extra` of the node, or nothing (`sums` of slices)."""
     boot_id_file: str = "/proc/sys/kernel/random/boot_id"
     """Another file only in tests, to play a reboot."""
 
 
+ADMISSIONS = ("features", "extra", "sums")
 _NUMBER = (int, float)
 _KEYS: dict[str, tuple[type, ...]] = {
     "gpus": (list,),
@@ -63,6 +66,7 @@ _KEYS: dict[str, tuple[type, ...]] = {
     "interactive_wait_seconds": _NUMBER,
     "fence": (bool,),
     "driver_root": (str,),
+    "admission": (str,),
     "boot_id_file": (str,),
 }
 _SIMULATED: dict[str, tuple[type, ...]] = {
@@ -89,6 +93,8 @@ def load(path: str, node: str) -> Config:
     gpus = data.get("gpus", [])
     if not gpus or not all(isinstance(g, (str, int)) and not isinstance(g, bool) for g in gpus):
         raise NodeError(f"{path}: gpus must list the GPUs to manage, by UUID or index, as in gpus = [0, 1]")
+    if data.get("admission", "sums") not in ADMISSIONS:
+        raise NodeError(f"{path}: admission must be one of {' '.join(ADMISSIONS)}, not {data['admission']!r}")
     simulated = None
     if "simulated" in data:
         _check(path, data["simulated"], _SIMULATED, "simulated.")

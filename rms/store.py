@@ -1,8 +1,8 @@
 """The state file and the locks around it.
 
-One JSON file with a checksum, replaced whole at every change, the generation before it kept beside it. Two kinds of
-lock, both in the state directory: one for the state, held for milliseconds; one per GPU, held while its hardware is
-changed. A process that holds a GPU's lock may take the state's, never the other way round.
+One JSON file with a checksum, replaced whole at every change, the generation before it kept beside it. Three kinds of
+lock, all in the state directory: one for the state, held for milliseconds; one per GPU, held while its hardware is
+changed; one for publishing. A process that holds one of the others may take the state's, never the other way round.
 """
 
 from __future__ import annotations
@@ -77,6 +77,12 @@ class Store:
         with ExitStack() as stack:
             for gpu in sorted(set(gpus)):
                 stack.enter_context(self._locked(f"{gpu}.lock", what, HARDWARE_POLL_SECONDS))
+            yield
+
+    @contextmanager
+    def publishing(self) -> Iterator[None]:
+        """The lock of who tells slurmctld what fits; the state's is not held meanwhile."""
+        with self._locked("publish.lock", "publish"):
             yield
 
     def save(self, state: State) -> None:

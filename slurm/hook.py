@@ -35,6 +35,8 @@ HOOKS_SECONDS = 10
 """What is added to a credential's life: this Prolog's end and the Epilog fall into it."""
 ELSEWHERE_SECONDS = 5
 """How soon a job may start on another node: later than the Epilog here ends, or Slurm makes it a credential's life."""
+PUBLISH_SECONDS = 3.0
+"""How long an Epilog waits until slurmctld knows what fits now."""
 POLL_SECONDS = 1.0
 """How often a waiting Prolog looks for room, and whether its job still exists."""
 
@@ -99,23 +101,38 @@ def prolog(hook: Hook, config: Config, slurm_conf: str, log: Log) -> int:
     try:
         granted = _acquire(hook, config, ticket, log)
     except NoRoomError as error:
+        _publish(hook, config, slurm_conf, log)  # slurmctld was wrong about this node
         waited = _refuse(hook, config, ticket, slurm_conf, log, str(error))
         if isinstance(waited, int):
             return waited
         granted = waited
+    # Not waited for: until slurmctld has it, it sends no more jobs than were let in together.
+    _publish(hook, config, slurm_conf, log)
     places = ", ".join(f"GPU {g.number} {g.placement} {g.uuid}" for g in granted)
     log(f"granted {ticket.request} in {time.monotonic() - began:.3f} s: {places}")
     return 0
 
 
-def epilog(hook: Hook, config: Config, log: Log) -> int:
+def epilog(hook: Hook, config: Config, slurm_conf: str, log: Log) -> int:
     """Take back what the job has, if anything. Returns the exit code. Raises RmsError."""
     began = time.monotonic()
     local = controller.Controller(config, log=log)
     for run in _ending(hook, config, local):
         local.release(run)
         log(f"released run {run} in {time.monotonic() - began:.3f} s")
+    # Before slurmctld knows that the job is over, or it would count one job too many among those that it may send.
+    if not _publish(hook, config, slurm_conf, log, PUBLISH_SECONDS):
+        log("what fits is not published yet; it is tried on in the background")
     return 0
+
+
+def _publish(hook: Hook, config: Config, slurm_conf: str, log: Log, wait: float = 0.0) -> bool:
+    """Tell slurmctld what fits now. Whether it knows; without `wait` that is left to a process in the background."""
+    if config.admission == "sums":
+        return True
+    from slurm.publish import Publisher
+
+    return Publisher(config, slurm_conf, hook.node, log).soon(wait)
 
 
 def _ending(hook: Hook, config: Config, local: controller.Controller) -> list[Run]:
@@ -234,7 +251,7 @@ def main(arguments: Sequence[str]) -> int:
         log.about(hook.run)
         config = configuration.load(config_path, hook.node)
         log.path = config.hook_log
-        return prolog(hook, config, slurm_conf, log) if starting else epilog(hook, config, log)
+        return prolog(hook, config, slurm_conf, log) if starting else epilog(hook, config, slurm_conf, log)
     except ClosedRunError as error:
         log(str(error))  # an orphan of a run that is over: its job is no longer this one's business
         return 0

@@ -5,8 +5,11 @@
 --   * a word to the node, in the comment:    rms1:3g.40gb:1;s=<submit epoch>;l=<limit minutes>;<user's own comment>
 -- The comment is the one field that slurmd hands to the Prolog, inside the signed credential: nobody may forge it.
 --
--- All this runs under slurmctld's locks: no files, no processes, no waiting. And never an assignment to job.extra:
--- slurmctld 22.05 frees it twice and aborts when the job is purged.
+--   * where nodes publish what fits (rms_table.lua: admission), the name of the request in the job's constraint, and a
+--     share of the token:  --constraint=rms_3g.40gb_1  gres:migt:job:1,gres:migt:size:6
+--
+-- All this runs under slurmctld's locks: no files, no processes, no waiting. And no assignment to job.extra but in mode
+-- `extra`, which needs 23.11: slurmctld 22.05 frees it twice and aborts when the job is purged.
 
 local M = {}
 
@@ -16,7 +19,8 @@ local MAX_COUNT = 999
 local MAX_LIMIT = 999999999 -- minutes; beyond are only the marks for "not given" and "unlimited"
 local NOT_GIVEN = 4294967294 -- what slurmctld shows for a number that the user did not give
 local TRES = { "tres_per_node", "tres_per_job", "tres_per_socket", "tres_per_task" }
-local COUNTED = { migc = true, migm = true }
+local COUNTED = { migc = true, migm = true, migt = true }
+local PUBLISHED = "rms_" -- how the names begin that nodes publish for what fits
 local WHOLE_GPU = { gpu = true, shard = true, mps = true }
 
 local site, limits -- the generated table rms_table.lua and what follows from it; nil without a usable one
@@ -192,7 +196,7 @@ local function read_request(job)
             local form, rest = word:match("^.-(gres[:/])(.*)$")
             local name, spec = (rest or word):match("^([^:=]*)[:=]?(.*)$")
             if COUNTED[name] then
-                return nil, "gres migc and migm are counted by the system; ask with --gres=mig:PROFILE:COUNT"
+                return nil, "gres migc, migm and migt are counted by the system; ask with --gres=mig:PROFILE:COUNT"
             elseif name == "mig" then
                 if field ~= "tres_per_node" then
                     return nil, "mig can only be asked for by node; use --gres=mig:PROFILE:COUNT"
@@ -238,6 +242,94 @@ local function own_part(comment)
     return comment:sub(from)
 end
 
+-- Where slurmctld is told what fits (site.gates): the name of a request that fits, which the job must find published
+-- on its node. What has no name of its own waits for one that is surely enough: the next larger count of its profile, or
+-- as many whole GPUs as it needs.
+local function gate(request, need)
+    local words, first, count = {}, nil, 0
+    for i, profile in ipairs(site.profiles) do
+        if need[i] > 0 then
+            words[#words + 1] = ("%s:%d"):format(profile.name, need[i])
+            first, count = profile.name, need[i]
+        end
+    end
+    if site.gates[table.concat(words, ",")] then
+        return site.gates[table.concat(words, ",")]
+    elseif #words == 1 then
+        for larger = count, MAX_COUNT do
+            if site.gates[first .. ":" .. larger] then
+                return site.gates[first .. ":" .. larger]
+            end
+        end
+    end
+    local gpus = 1
+    while not fits(need, gpus) do
+        gpus = gpus + 1
+    end
+    return site.gates[site.whole .. ":" .. gpus]
+end
+
+-- A job's share of the token: never more is free on a node than jobs of which it is proven that all will fit.
+local function share(need)
+    local size, instances = 0, 0
+    for i, profile in ipairs(site.profiles) do
+        instances = instances + need[i]
+        size = need[i] > 0 and profile.weight or size
+    end
+    return instances == 1 and size or site.span
+end
+
+local function mentions_published(text) -- or farms_: not at the beginning of a word
+    return text ~= nil and (" " .. text):find("[^%w_.+-]" .. PUBLISHED) ~= nil
+end
+
+-- The user's own constraint and ours. Slurm reads from the left and knows one level of parentheses.
+local function both(own, name)
+    if own == nil or own == "" then
+        return name
+    elseif not own:gsub("%b()", ""):gsub("%b[]", ""):find("|", 1, true) then
+        return own .. "&" .. name
+    elseif not own:find("[%(%[]") then
+        return "(" .. own .. ")&" .. name
+    end
+    return nil, "this --constraint can't be combined with mig: put all of what is joined with | into parentheses"
+end
+
+-- What users may not ask for: what nodes publish, and the node that is never there.
+local function reserved(job)
+    if not (site and site.gates) then
+        return nil
+    end
+    for _, field in ipairs({ "features", "prefer", "extra" }) do
+        if mentions_published(job[field]) then
+            return "what begins with " .. PUBLISHED .. " is set by the system; ask with --gres=mig:PROFILE:COUNT"
+        end
+    end
+    if (" " .. (job.req_nodes or "")):find("[^%w_.-]" .. site.sentinel) then
+        return "node " .. site.sentinel .. " takes no jobs"
+    end
+end
+
+-- The fields of a job by which slurmctld lets it in only where it fits, and the problem where there is one.
+local function admit(job, request, need)
+    local fields = {}
+    if not site.gates then
+        return fields
+    end
+    local name, problem = gate(request, need)
+    if site.admission == "extra" then
+        if job.extra and job.extra ~= "" then
+            problem = "--extra can't be used with mig"
+        end
+        fields.extra = name .. ">=1"
+    elseif job.prefer and job.prefer ~= "" then
+        problem = "--prefer can't be used with mig: it would replace the constraint that asks whether it fits"
+    elseif (job.req_nodes or "") == "" and (job.reservation or "") == "" then
+        fields.features, problem = both(job.features, name)
+    end -- a job for certain nodes would be refused while these have no room: it goes without, and may be sent back
+    return fields, problem
+end
+
 local function check_submit(job)
     local comment = job.comment or ""
     if starts(comment, PREFIX) and #comment > MAX_BYTES then -- slurmctld would refuse it, too; own_part would take long
@@ -245,7 +337,8 @@ local function check_submit(job)
     end
     local own = own_part(comment)
     local request, problem = read_request(job)
-    if not request then
+    problem = problem or reserved(job)
+    if not request or problem then
         if own ~= comment and not problem then
             job.comment = own
         end
@@ -264,6 +357,10 @@ local function check_submit(job)
     end
     table.insert(gres, ("%smigc:%d"):format(request.form, compute))
     table.insert(gres, ("%smigm:%d"):format(request.form, memory))
+    if site.gates then
+        table.insert(gres, ("%smigt:job:1"):format(request.form))
+        table.insert(gres, ("%smigt:size:%d"):format(request.form, share(need)))
+    end
 
     if not fits(need, site.gpus) then
         local text = "%s is more than an empty node can place (%d x %s)"
@@ -279,6 +376,10 @@ local function check_submit(job)
     if minutes > MAX_LIMIT then
         minutes = 0
     end
+    local fields, obstacle = admit(job, request, need)
+    if obstacle then
+        return obstacle
+    end
     local prefix = ("%s%s;s=%d;l=%d;"):format(PREFIX, table.concat(words, ","), os.time(), minutes)
     local excess = #prefix + #own - MAX_BYTES
     if excess > 0 then
@@ -288,6 +389,9 @@ local function check_submit(job)
     job.comment = prefix .. own
     job.min_nodes = 1
     job.max_nodes = 1
+    for field, value in pairs(fields) do
+        job[field] = value
+    end
 end
 
 local function check_modify(job, record)
@@ -296,11 +400,22 @@ local function check_modify(job, record)
             return "a comment can't begin with " .. PREFIX
         end
         local request, problem = read_request(job)
+        problem = problem or reserved(job)
         return problem or request and "mig can't be added to a submitted job; submit a new one"
     end
     for _, field in ipairs(TRES) do
         if job[field] then
             return "the gres of a job with mig can't be changed; submit a new one"
+        end
+    end
+    if site and site.gates then
+        for _, field in ipairs({ "features", "prefer", "extra" }) do
+            if job[field] then
+                return "the constraint of a job with mig can't be changed; submit a new one"
+            end
+        end
+        if reserved(job) then
+            return reserved(job)
         end
     end
     for _, field in ipairs({ "min_nodes", "max_nodes" }) do

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,23 @@ from throwaway import Cluster
 
 from rms import geometry
 from slurm import site
+
+
+class RmsCluster(Cluster):
+    """Whose nodes tell slurmctld what fits as soon as all runs, as they do at boot."""
+
+    def start(self, timeout: float = 30) -> None:
+        super().start(timeout)
+        try:
+            self.publish()
+        except BaseException:
+            self.stop()
+            raise
+
+    def publish(self, *nodes: str) -> None:
+        """`rms publish` on these nodes, or all."""
+        for node in nodes or self.nodes:
+            self.run(sys.executable, "-m", "rms.cli", "publish", "--node", node, "--config", f"{self.etc}/rms.toml")
 
 
 def rms_cluster(
@@ -20,12 +38,16 @@ def rms_cluster(
     model: str = "A100-80GB",
     create: float = 0.1,
     destroy: float = 0.1,
+    admission: str = "sums",
+    others: str = "",
+    features: str = "",
     settings: str = "",
     **options: Any,
-) -> Cluster:
+) -> RmsCluster:
     """A cluster, not started, whose hooks, lua and gres are what `rms slurm-config` makes.
 
-    Each node keeps its files in `root`/<node>; `settings` are more lines for rms.toml, `options` go to Cluster.
+    Each node keeps its files in `root`/<node>. `others` are more gres, `features` those of the nodes; `settings` are
+    more lines for rms.toml, `options` go to Cluster.
     """
     etc = root / "etc"
     etc.mkdir(parents=True)
@@ -36,6 +58,7 @@ state_dir = "{root}/%n/state"
 run_dir = "{root}/%n/run"
 audit_log = "{root}/%n/audit.jsonl"
 hook_log = "{root}/%n/hooks.log"
+admission = "{admission}"
 {settings}
 [simulated]
 file = "{root}/%n/gpus.json"
@@ -53,7 +76,13 @@ nodes = "{root}/%n/nodes"
         (root / f"n{node}" / "state").mkdir(mode=0o700)
         (root / f"n{node}" / "run").mkdir(mode=0o755)
     hooks = {option: etc / name for option, name in site.HOOKS.items()}
-    return Cluster(root, nodes=nodes, gres=site.gres(geometry.load(model), gpus), hooks=hooks, **options)
+    known = geometry.load(model)
+    if admission == "features":
+        line = site.sentinel(known, gpus).strip().replace(" Gres=", f" Gres={others},").replace("=,", "=")
+        line = line.replace(" Features=", f" Features={features},").replace("=,", "=")
+        options["extra_conf"] = f"{line} CPUs={options.get('cpus', 16)}\n{options.get('extra_conf', '')}"
+    gres = ",".join(filter(None, [site.gres(known, gpus, admission), others]))
+    return RmsCluster(root, nodes=nodes, gres=gres, features=features, hooks=hooks, **options)
 
 
 def journal(root: Path, node: str) -> list[dict[str, Any]]:

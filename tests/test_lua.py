@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from throwaway import Cluster, missing
 
-from rms import geometry, request
-from slurm import site
+from rms import geometry, planner, request
+from slurm import publish, site
 
 SOURCE = Path(site.HERE) / "rms.lua"
 NOT_GIVEN, UNLIMITED = 4294967294, 4294967295
@@ -31,9 +31,10 @@ slurm = { SUCCESS = 0, ERROR = -1, log_user = into(said), log_info = into(logged
 os.time = function() return 1700000000 end
 local known = {}
 local names = "tres_per_node tres_per_job tres_per_socket tres_per_task comment name"
-    .. " min_nodes max_nodes time_limit argc script"
+    .. " min_nodes max_nodes time_limit argc script features prefer extra req_nodes reservation"
 for name in names:gmatch("%S+") do known[name] = true end
 local settable = { tres_per_node = true, comment = true, min_nodes = true, max_nodes = true }
+settable.features, settable.extra = true, true -- see admission
 -- A job_desc as slurmctld gives it: an empty table with a metatable. Anything but these fields must not be written.
 function job_desc(fields)
     return setmetatable({}, {
@@ -94,8 +95,8 @@ class Lua:
 
 
 @functools.cache
-def lua(model: str = "A100-80GB", gpus: int = 2, version: str = "lua51") -> Lua:
-    made = Lua(site.table(geometry.load(model), gpus), version)
+def lua(model: str = "A100-80GB", gpus: int = 2, version: str = "lua51", admission: str = "sums") -> Lua:
+    made = Lua(site.table(geometry.load(model), gpus, admission), version)
     assert made.list("errors") == []
     return made
 
@@ -518,6 +519,94 @@ def test_a_profile_that_fits_nowhere_does_not_hang() -> None:
     assert odd.submit(tres_per_node="gres:mig:b:1") is None
 
 
+# Where nodes publish what fits
+
+
+@pytest.mark.parametrize("version", ["lua51", "lua54"])
+@pytest.mark.parametrize(
+    ("spec", "name", "size"),
+    [
+        ("mig:1g", "rms_1g.10gb_1", 1),
+        ("mig:2g", "rms_2g.20gb_1", 5),
+        ("mig:7g", "rms_7g.80gb_1", 7),
+        ("mig:1g:2", "rms_1g.10gb_2", 7),
+        ("mig:1g:9", "rms_1g.10gb_14", 7),  # no name of its own: the next larger count
+        ("mig:3g,mig:1g", "rms_1g.10gb_1_3g.40gb_1", 7),  # in the profiles' order, whatever was typed first
+        ("mig:3g,mig:1g:3", "rms_7g.80gb_1", 7),  # no name of its own: a whole GPU is enough
+        ("mig:4g:1,mig:3g:1,mig:2g:1,mig:1g:1", "rms_7g.80gb_2", 7),
+    ],
+)
+def test_a_job_asks_for_the_name_of_what_it_needs(version: str, spec: str, name: str, size: int) -> None:
+    job = lua(version=version, admission="features").submit(tres_per_node=gres(spec))
+    assert job and job["features"] == name and "extra" not in job
+    assert job["tres_per_node"].endswith(f",gres:migt:job:1,gres:migt:size:{size}")
+    newer = lua(version=version, admission="extra").submit(tres_per_node=gres(spec))
+    assert newer and newer["extra"] == f"{name}>=1" and "features" not in newer
+    assert newer["tres_per_node"] == job["tres_per_node"]
+    plain = lua(version=version).submit(tres_per_node=gres(spec))
+    assert plain and "features" not in plain and "migt" not in plain["tres_per_node"]
+
+
+@given(st.dictionaries(st.sampled_from(list(geometry.load("A100-80GB").by_name)), st.integers(1, 4), min_size=1))
+def test_where_the_name_is_published_the_request_fits(counts: dict[str, int]) -> None:
+    wanted = request.Request(tuple(counts.items()))
+    job = lua(admission="features").submit(tres_per_node=gres(",".join(f"mig:{p}:{n}" for p, n in counts.items())))
+    known = geometry.load("A100-80GB")
+    empty = planner.View(tuple(planner.GpuView(str(n), known) for n in range(2)), (), None, 0.0)
+    assert (job is not None) == planner.fits(empty, wanted)
+    if job:
+        (meant,) = [r for r in publish.listed(known, 2) if publish.name(r) == job["features"]]
+        if meant.items == tuple(sorted(wanted.items, key=lambda item: list(known.by_name).index(item[0]))):
+            return
+        if len(meant.items) == 1 and meant.items[0][0] in counts and len(counts) == 1:
+            assert meant.items[0][1] >= counts[meant.items[0][0]]
+        else:
+            whole = planner.View(empty.gpus[: meant.items[0][1]], (), None, 0.0)
+            assert meant.items[0][0] == "7g.80gb" and planner.fits(whole, wanted)
+
+
+@pytest.mark.parametrize(
+    ("own", "together"),
+    [
+        ("", "rms_3g.40gb_1"),
+        ("a100", "a100&rms_3g.40gb_1"),
+        ("a100&ib", "a100&ib&rms_3g.40gb_1"),
+        ("a100|h100", "(a100|h100)&rms_3g.40gb_1"),
+        ("(a100|h100)&ib", "(a100|h100)&ib&rms_3g.40gb_1"),
+        ("[a100|h100]", "[a100|h100]&rms_3g.40gb_1"),
+        ("farms_x", "farms_x&rms_3g.40gb_1"),
+        ("(a100&ib)|h100", None),
+        ("rms_1g.10gb_1", None),
+        ("a100&rms_1g.10gb_1", None),
+    ],
+)
+def test_the_users_own_constraint_holds_as_well(own: str, together: str | None) -> None:
+    job = lua(admission="features").submit(tres_per_node="gres:mig:3g:1", features=own)
+    assert (job and job["features"]) == together
+
+
+def test_what_goes_without_a_name_and_what_not_at_all() -> None:
+    told = lua(admission="features")
+    for fields in ({"req_nodes": "n1"}, {"reservation": "mine"}):
+        job = told.submit(tres_per_node="gres:mig:3g:1", **fields)
+        assert job and "features" not in job and "migt:job:1" in job["tres_per_node"]
+    for fields in ({"prefer": "a100"}, {"req_nodes": "n1,rmsfit"}, {"tres_per_node": "gres:migt:job:1"}):
+        assert told.submit(**{"tres_per_node": "gres:mig:3g:1"} | fields) is None, fields
+    assert lua(admission="extra").submit(tres_per_node="gres:mig:3g:1", extra="a>1") is None
+    assert told.submit(features="rms_3g.40gb_1") is None
+    assert told.submit(features="a100", req_nodes="n1", prefer="ib", comment="mine")  # no MIG: left alone
+
+
+@pytest.mark.parametrize("field", ["features", "prefer", "extra"])
+def test_the_name_stays(field: str) -> None:
+    told = lua(admission="features")
+    assert not told.modify(OURS, **{field: "a100"})
+    assert not told.modify({"comment": "mine"}, **{field: "rms_3g.40gb_1"})
+    assert told.modify({"comment": "mine"}, **{field: "a100"})
+    assert told.modify(OURS, uid=0, **{field: "a100"})
+    assert lua().modify(OURS, **{field: "a100"})
+
+
 # On a real slurmctld
 
 
@@ -526,9 +615,9 @@ def cluster() -> Iterator[Cluster]:
     if missing() and "CI" not in os.environ:
         pytest.skip(f"Slurm is not installed: {missing()}")
     known = geometry.load("A100-80GB")
-    made = Cluster(nodes=2, gres=site.gres(known, 2), extra_conf="GresTypes=mig,migc,migm,gpu")
+    made = Cluster(nodes=2, gres=site.gres(known, 2, "sums"), extra_conf="GresTypes=mig,migc,migm,gpu")
     # The hooks are no part of this: only what lies beside slurm.conf for slurmctld.
-    files = site.files("A100-80GB", 2, "n[1-2]", "/nonexistent/rms.toml", str(made.conf))
+    files = site.files("A100-80GB", 2, "n[1-2]", "/nonexistent/rms.toml", str(made.conf), "sums")
     made.etc.mkdir()
     for name in ["job_submit.lua", "rms.lua", "rms_table.lua"]:
         (made.etc / name).write_text(files[name])

@@ -70,7 +70,7 @@ def missing() -> list[str]:
 class Cluster:
     """One Slurm cluster with the nodes n1, n2, ...; a context manager.
 
-    `gres` is the Gres= of every node. `hooks` are slurm.conf keys with a path (Prolog, Epilog, ...).
+    `gres` and `features` are those of every node. `hooks` are slurm.conf keys with a path (Prolog, Epilog, ...).
     `files` are written beside slurm.conf; a job_submit.lua there is switched on. `extra_conf` has lines of
     slurm.conf that replace ours of the same key; nodes come on top. `cred_expire` is in seconds (Slurm's own
     default is 120). Without a `root` a temporary directory is made, and removed at the end.
@@ -83,6 +83,7 @@ class Cluster:
         nodes: int = 2,
         cpus: int = 16,
         gres: str = "",
+        features: str = "",
         hooks: Mapping[str, Path] | None = None,
         files: Mapping[str, str] | None = None,
         extra_conf: str = "",
@@ -98,7 +99,7 @@ class Cluster:
         work = self.root / "work"
         self.users = [User(p.pw_name, p.pw_uid, p.pw_gid, work / p.pw_name) for p in _two_users()]
         self.ports: dict[str, int] = {}  # of slurmctld and of each node, once started
-        self._cpus, self._gres, self._hooks = cpus, gres, dict(hooks or {})
+        self._cpus, self._gres, self._features, self._hooks = cpus, gres, features, dict(hooks or {})
         self._files, self._extra_conf = dict(files or {}), extra_conf
         self._cred_expire, self._scheduler = cred_expire, scheduler
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
@@ -373,6 +374,7 @@ class Cluster:
         settings["PartitionName"] = "main Nodes=ALL Default=YES MaxTime=INFINITE State=UP"
         given = {line.split("=")[0].strip().lower() for line in self._extra_conf.splitlines()}
         gres = f" Gres={self._gres}" if self._gres else ""
+        gres += f" Features={self._features}" if self._features else ""
         at = "NodeHostname=localhost NodeAddr=127.0.0.1"
         lines = [f"NodeName={n} {at} Port={self.ports[n]} CPUs={self._cpus}{gres}" for n in self.nodes]
         lines += [f"{key}={value}" for key, value in settings.items() if key.lower() not in given]

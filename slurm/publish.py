@@ -1,0 +1,436 @@
+"""Telling slurmctld what fits on this node, after every change (docs/slurm.md, "What slurmctld knows").
+
+Slurm adds slices up; whether a request can be *placed* only the node knows. So the node publishes two things, in one
+update of its record in slurmctld. First a name for each of a bounded list of requests that fits now: as node features
+(`features`), or as numbers in the node's Extra (`extra`, Slurm 23.11 and newer); the lua makes each job ask for its
+name. Second the token, a gres of which each job takes a share: there is never more of it free than jobs that slurmctld
+may start, each unknown to the node as yet, with the proof that they all fit.
+
+Only the token changes, and only in how its total is split: slurmd reports a gres as slurm.conf has it, and slurmctld
+drains a node whose total has changed while jobs use it (seen on 22.05; the code is the same in newer ones).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from itertools import combinations_with_replacement
+from typing import NamedTuple
+
+from rms import config as configuration
+from rms import demand, inventory, planner
+from rms.config import Config
+from rms.demand import Told
+from rms.errors import LockTimeoutError, NodeError, RequestError
+from rms.geometry import Geometry, Placement
+from rms.inventory import State
+from rms.planner import GpuView, View
+from rms.request import Request, parse
+from rms.store import Damaged, Store
+from slurm.slurmctld import PATH, SlurmError
+
+PREFIX = "rms_"
+"""How every published name begins."""
+TOKEN = "migt"  # noqa: S105
+"""The gres of which every MIG job takes `job:1` and `size:<weight>`; `shut` is the rest of the constant total."""
+EXACT = 8
+"""Requests of one profile have a name for each count up to here, and from here on for what whole GPUs hold."""
+MIXES = 64
+"""Requests of several profiles have names as long as there are no more than this: an update costs slurmctld time with
+the square of their number (0.4 ms for 50, 1.2 ms for 150, 7 ms for 400 on 22.05)."""
+PATIENCE = 3.0
+"""Seconds that a process waits for one that is publishing already."""
+RETRY_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0)
+"""Pauses between attempts while slurmctld does not answer; the last is repeated."""
+GIVE_UP_SECONDS = 3600.0
+"""For how long it is tried: the timer that runs `rms publish` goes on after that."""
+COMMAND_SECONDS = 30.0
+FILE = "published"
+"""In the state directory: which state was published last."""
+
+
+# What is published. All pure.
+
+
+def listed(geometry: Geometry, gpus: int) -> list[Request]:
+    """The requests that have a name, for a node of `gpus` GPUs; any other one waits for what is surely enough (lua)."""
+    found = []
+    for profile in geometry.profiles:
+        most = profile.limit * gpus
+        counts = {*range(1, min(EXACT, most) + 1), *(profile.limit * n for n in range(1, gpus + 1))}
+        found += [Request(((profile.name, count),)) for count in sorted(counts)]
+    empty = View(tuple(GpuView(str(n), geometry) for n in range(gpus)), (), None, 0.0)
+    names = [profile.name for profile in geometry.profiles]
+    mixes: list[Request] = []
+    for size in range(2, EXACT):
+        level = [_request(chosen) for chosen in combinations_with_replacement(names, size) if len(set(chosen)) > 1]
+        if len(mixes) + len(level) > MIXES:
+            break
+        mixes += [request for request in level if planner.fits(empty, request)]
+    return found + mixes
+
+
+def _request(profiles: Sequence[str]) -> Request:
+    return Request(tuple((name, profiles.count(name)) for name in dict.fromkeys(profiles)))
+
+
+def name(request: Request) -> str:
+    """What a request is called in features and in Extra: `rms_3g.40gb_2`, `rms_1g.10gb_1_3g.40gb_1`."""
+    return PREFIX + "_".join(f"{profile}_{count}" for profile, count in request.items)
+
+
+def span(geometry: Geometry) -> int:
+    """The most jobs that are let in at once: as many instances as one GPU holds."""
+    return max(profile.limit for profile in geometry.profiles)
+
+
+def weight(geometry: Geometry, request: Request) -> int:
+    """The share of `size` that a job takes: small where others can start beside it without its being in doubt.
+
+    One instance leaves `span` - weight for others, one less than there are places for it on an empty GPU: however the
+    others lie, one place is left. A job with more than one instance takes all.
+    """
+    if sum(request.counts) > 1:
+        return span(geometry)
+    return span(geometry) - geometry.by_name[request.items[0][0]].limit + 1
+
+
+class Offer(NamedTuple):
+    """What a node says: the names of what fits; of the token, what all known jobs and those to come may take."""
+
+    names: tuple[str, ...]
+    jobs: int
+    size: int
+
+
+NOTHING = Offer((), 1, 1)
+"""What is published in doubt."""
+
+
+def offer(state: State, boot_id: str, now: float, told: Told | None = None) -> Offer:
+    """What fits on a node in this state. What is being changed counts as taken, a GPU in doubt as full."""
+    if not state.gpus or state.boot_id != boot_id:
+        return NOTHING
+    view = _pessimistic(state, now)
+    geometry = view.gpus[0].geometry
+    releasing = {intent.run for intent in state.intents if intent.kind == "release"}
+    known = [parse(a.request, geometry) for a in state.allocations if a.run not in releasing]
+    others, kept = view, None
+    if told and told.keep:
+        with suppress(RequestError):
+            kept = parse(told.keep, geometry)
+            if room := planner.first_room(view, kept):
+                others = planner.beside(view, room, None)
+    counts = {p.name: sum(_most(gpu, p.name) for gpu in others.gpus) for p in geometry.profiles}
+    fitting = []
+    for request in listed(geometry, len(view.gpus)):
+        if kept is not None and _same(request, kept):
+            fits = planner.fits(view, request)
+        elif len(request.items) == 1:
+            fits = request.items[0][1] <= counts[request.items[0][0]]
+        else:
+            fits = all(count <= counts[p] for p, count in request.items) and planner.fits(others, request)
+        if fits:
+            fitting.append(name(request))
+    jobs = 1 if kept is not None else at_once(geometry, counts)
+    return Offer(
+        tuple(fitting), len(known) + jobs, sum(weight(geometry, request) for request in known) + span(geometry)
+    )
+
+
+def _pessimistic(state: State, now: float) -> View:
+    view = inventory.view(state, now)
+    gpus = []
+    for gpu, record in zip(view.gpus, state.gpus, strict=True):
+        if record.doubt or record.fault:
+            gpus.append(gpu.without_room())
+        else:
+            removing = tuple(i.placement for i in record.instances if i.status == "removing")
+            gpus.append(gpu._replace(blocked=(*gpu.blocked, *removing)))
+    return view._replace(gpus=tuple(gpus))
+
+
+def _same(one: Request, other: Request) -> bool:
+    return sorted(one.items) == sorted(other.items)
+
+
+def _most(gpu: GpuView, profile: str) -> int:
+    """How many instances of one profile a GPU can still hold."""
+    if profile not in gpu.geometry.by_name:
+        return 0
+    free = gpu.geometry.legal(profile, gpu.taken)
+    alike = sum(placement.profile == profile for placement in gpu.taken)
+    return min(len(_disjoint(free)), gpu.geometry.by_name[profile].limit - alike)
+
+
+def _disjoint(places: Sequence[Placement]) -> list[Placement]:
+    """The most of these places, all of one size and by start, that do not overlap."""
+    chosen: list[Placement] = []
+    for place in places:
+        if not chosen or place.start >= chosen[-1].start + chosen[-1].size:
+            chosen.append(place)
+    return chosen
+
+
+def at_once(geometry: Geometry, counts: dict[str, int]) -> int:
+    """How many jobs, any of those that are let in, surely fit together wherever each is placed.
+
+    `counts` says how many instances of each profile fit. Jobs come while their weights add up to `span` at most. One
+    more instance q takes away at most `_damage` places of a profile p; so the last of the jobs, p, has a place if all
+    before it take fewer than there are.
+    """
+    most = span(geometry)
+    single = {p: weight(geometry, Request(((p, 1),))) for p, count in counts.items() if count}
+    jobs = most
+    for p, own in single.items():
+        harm = {q: _damage(geometry, q, p) for q in single}
+        # worst[w]: the most places that jobs of weight w in all can take, and with how many jobs at least
+        while jobs > 1 and _worst(single, harm, most - own, jobs - 1) >= counts[p]:
+            jobs -= 1
+    return jobs
+
+
+def _worst(weights: dict[str, int], harm: dict[str, int], budget: int, jobs: int) -> int:
+    """The most harm that `jobs` jobs can do whose weights add up to `budget` at most."""
+    worst = [0] * (budget + 1)
+    for _ in range(jobs):
+        worst = [
+            max([worst[b], *(worst[b - w] + harm[q] for q, w in weights.items() if w <= b)]) for b in range(budget + 1)
+        ]
+    return worst[budget]
+
+
+def _damage(geometry: Geometry, new: str, profile: str) -> int:
+    """The most places of `profile` that one instance of `new` takes away."""
+    return max(
+        len(_disjoint([p for p in geometry.placements(profile) if p.mask & place.mask]))
+        for place in geometry.placements(new)
+    )
+
+
+# What slurmctld has of the node, and the one command that changes it.
+
+
+class Record(NamedTuple):
+    """What slurmctld has of a node, as far as it matters here."""
+
+    available: str
+    active: str
+    gres: str
+    comment: str
+    extra: str
+
+
+FIELDS = (("features", 8000), ("features_act", 8000), ("gres", 4000), ("comment", 2000), ("extra", 8000))
+"""The columns of `sinfo -O` that make a Record, with their widths."""
+
+
+def question(node: str) -> list[str]:
+    """The command that asks for a node's record: of this node alone, where `scontrol show node` would fetch all."""
+    columns = ",".join(f"{name}:{width}" for name, width in FIELDS)
+    return ["sinfo", "--noheader", "--all", f"--nodes={node}", f"--Format={columns}"]
+
+
+def read(shown: str, node: str) -> Record:
+    """The record in what `question` has printed: a line for each partition, all alike. Raises NodeError."""
+    if not shown.strip():
+        raise NodeError(f"slurmctld knows no node {node}")
+    line = shown.splitlines()[0]
+    found = []
+    for _, width in FIELDS:
+        text, line = line[:width].rstrip(), line[width:]
+        if len(text) == width:
+            raise NodeError(f"the record of node {node} is too long: {text[:60]}...")
+        found.append("" if text == "(null)" else text)
+    return Record(*found)
+
+
+def changes(record: Record, said: Offer, admission: str) -> list[str]:
+    """The arguments for `scontrol update` that make the record say what is offered; none if it does already.
+
+    Whatever is not ours stays as it is. Raises NodeError where the node lacks the token.
+    """
+    gres = _split(record.gres, said)
+    wanted = [f"Gres={gres}"] if gres != record.gres else []
+    if admission == "features":
+        available, active = (",".join([*_others(f), *said.names]) for f in (record.available, record.active))
+        if (available, active) != (record.available, record.active):
+            wanted += [f"AvailableFeatures={available}", f"ActiveFeatures={active}"]
+    elif (extra := _merged(record.extra, said)) != record.extra:
+        wanted.append(f"Extra={extra}")
+    return wanted
+
+
+def _others(features: str) -> list[str]:
+    return [feature for feature in features.split(",") if feature and not feature.startswith(PREFIX)]
+
+
+def _split(gres: str, said: Offer) -> str:
+    """The gres string with the token's constant total split anew."""
+    items = re.findall(r"(?:\([^)]*\)|[^,])+", gres)
+    shares = {item.split(":")[1]: int(item.split(":")[2]) for item in items if re.match(rf"{TOKEN}:\w+:\d+$", item)}
+    if set(shares) != {"job", "size", "shut"}:
+        raise NodeError(f"this node has no gres {TOKEN} in slurm.conf: take the lines of `rms slurm-config`")
+    total = sum(shares.values())
+    job = min(said.jobs, total - 2)
+    size = min(said.size, total - 1 - job)
+    new = {"job": job, "size": size, "shut": total - job - size}  # each at least 1: a type without any is set up anew
+    # Sockets, as in gpu:2(S:0-1), are what slurmd found out, not what slurm.conf says.
+    plain = [re.sub(r"\(.*\)$", "", item) for item in items]
+    return ",".join(
+        f"{TOKEN}:{item.split(':')[1]}:{new[item.split(':')[1]]}" if item.startswith(f"{TOKEN}:") else item
+        for item in plain
+    )
+
+
+def _merged(extra: str, said: Offer) -> str:
+    """The node's Extra with our numbers. It must be a JSON object: what else a site has written there is lost."""
+    try:
+        data = json.loads(extra) if extra else {}
+    except ValueError:
+        data = {}
+    kept = {k: v for k, v in data.items() if not k.startswith(PREFIX)} if isinstance(data, dict) else {}
+    return json.dumps({**kept, **dict.fromkeys(said.names, 1)}, separators=(",", ":"))
+
+
+# Doing it.
+
+
+class Publisher:
+    """Publishes the state of one node. `log` is told what an administrator should know."""
+
+    def __init__(self, config: Config, slurm_conf: str, node: str, log: Callable[[str], None]) -> None:
+        self._config = config
+        self._slurm_conf = slurm_conf
+        self._node = node
+        self._log = log
+        self._stamp = os.path.join(config.state_dir, FILE)
+
+    def soon(self, wait: float = 0.0) -> bool:
+        """Publish in a process of its own, and wait for it so long. Whether it was done by then.
+
+        The process outlives the hook where slurmctld does not answer, and there is never more than one that tries:
+        it looks for a newer state after each success, others only wait a moment for its lock.
+        """
+        if self._config.admission == "sums" or self._is_published():
+            return True
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                _detach()
+                code = 0 if self._patiently() else 1
+            except Exception as error:  # nobody is there to see it but the log
+                self._log(f"cannot publish what fits: {type(error).__name__}: {error}")
+            finally:
+                os._exit(code)
+        until = time.monotonic() + wait
+        while time.monotonic() < until:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                return status == 0
+            time.sleep(0.002)
+        return False
+
+    def now(self, patience: float = COMMAND_SECONDS) -> None:
+        """Publish, whatever was published before. Raises NodeError."""
+        store = Store(self._config.state_dir, time.monotonic() + patience)
+        with store.publishing():
+            try:
+                self._publish(store)
+            except SlurmError as error:
+                raise NodeError(f"cannot publish what fits: {error}") from error
+
+    def _patiently(self) -> bool:
+        store = Store(self._config.state_dir, time.monotonic() + PATIENCE)
+        try:
+            with store.publishing():
+                until = time.monotonic() + GIVE_UP_SECONDS
+                pauses = _pauses()
+                while not self._is_published():
+                    try:
+                        self._publish(store)
+                        pauses = _pauses()
+                    except (SlurmError, NodeError) as error:
+                        self._log(f"cannot publish what fits: {error}")
+                        if time.monotonic() > until:
+                            return False
+                        time.sleep(next(pauses))
+        except LockTimeoutError:
+            return False  # who has the lock looks for a newer state before it lets go
+        return True
+
+    def _publish(self, store: Store) -> None:
+        """One attempt, with the lock held. Raises SlurmError, NodeError."""
+        stamp = self._now()
+        record = read(self._run(*question(self._node)), self._node)
+        with suppress(OSError):
+            demand.save(self._config.state_dir, record.comment)
+        try:
+            now = time.time()
+            boot_id = configuration.boot_id(self._config)
+            said = offer(store.glance(), boot_id, now, demand.read(record.comment, now))
+        except (Damaged, RequestError):
+            said = NOTHING  # the next call of the controller mends it
+        if wanted := changes(record, said, self._config.admission):
+            self._run("scontrol", "update", f"NodeName={self._node}", *wanted)
+        with suppress(OSError), open(self._stamp, "w", encoding="ascii") as file:
+            file.write(stamp)
+
+    def _now(self) -> str:
+        """What tells the present state from all others: its file is replaced at every change."""
+        try:
+            found = os.stat(os.path.join(self._config.state_dir, "state.json"))
+        except OSError:
+            return "none"
+        return f"{found.st_ino} {found.st_mtime_ns}"
+
+    def _is_published(self) -> bool:
+        try:
+            with open(self._stamp, encoding="ascii") as file:
+                return file.read() == self._now()
+        except OSError:
+            return False
+
+    def _run(self, *command: str) -> str:
+        import subprocess  # not before it is needed: it takes longer to import than they take to run
+
+        environment = {"PATH": PATH, "SLURM_CONF": self._slurm_conf, "LC_ALL": "C"}
+        try:
+            done = subprocess.run(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=COMMAND_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise SlurmError(f"{command[0]}: no answer in {COMMAND_SECONDS:g} s") from None
+        except OSError as error:
+            raise SlurmError(f"{command[0]}: {error}") from error
+        if done.returncode != 0:
+            raise SlurmError(f"{command[0]}: {' '.join((done.stderr or done.stdout).split())}")
+        return done.stdout
+
+
+def _pauses() -> Iterator[float]:
+    yield from RETRY_SECONDS
+    while True:
+        yield RETRY_SECONDS[-1]
+
+
+def _detach() -> None:
+    """Let nothing of the hook's hold slurmd up, and slurmd's end of the hook not end us."""
+    os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)

@@ -1,0 +1,174 @@
+"""Nodes that tell a real slurmctld what fits: nothing is misplaced, and nothing else of the node is touched."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import records
+from rms_cluster import RmsCluster, rms_cluster
+
+pytestmark = pytest.mark.slurm
+
+PROFILES = ["1g", "2g", "3g", "4g", "7g"]
+GPU = "NodeName=n[1-2],rmsfit Name=gpu Type=a100 File=/dev/null,/dev/zero\n"
+
+
+@pytest.fixture(scope="module")
+def slurm(slurm_root: Path) -> Iterator[RmsCluster]:
+    """Two nodes with two GPUs each; one has a feature of its own, both have whole GPUs that are none of RMS's."""
+    with rms_cluster(slurm_root, admission="features", create=0.02, destroy=0.02, cred_expire=5,
+                     files={"gres.conf": GPU}, others="gpu:a100:2", features="ib,old") as cluster:  # fmt: skip
+        yield cluster
+
+
+@pytest.fixture(autouse=True)
+def healthy(slurm: RmsCluster) -> Iterator[None]:
+    """After each test both nodes are idle, not drained, and say that everything fits."""
+    yield
+    for user in slurm.users:
+        slurm.run("scancel", f"--user={user.name}", check=False)
+    slurm.wait(lambda: not slurm.queue(), 60, "every job is over")
+    slurm.wait(lambda: {tuple(s) for s in slurm.node_states().values()} == {("idle", "")}, 30, "both are idle")
+    slurm.wait(lambda: all("rms_7g.80gb_2" in features(slurm, node) for node in slurm.nodes), 60, "all fits again")
+
+
+def record(slurm: RmsCluster, node: str) -> dict[str, str]:
+    lines = slurm.run("scontrol", "show", "node", node).stdout.splitlines()
+    return dict(line.strip().split("=", 1) for line in lines if "=" in line)
+
+
+def features(slurm: RmsCluster, node: str) -> list[str]:
+    return record(slurm, node)["ActiveFeatures"].split(",")
+
+
+def hooks(slurm: RmsCluster) -> str:
+    logs = [slurm.root / node / "hooks.log" for node in slurm.nodes]
+    return "".join(log.read_text() for log in logs if log.exists())
+
+
+def audit(slurm: RmsCluster, event: str) -> list[dict[str, object]]:
+    lines = [line for node in slurm.nodes for line in (slurm.root / node / "audit.jsonl").read_text().splitlines()]
+    return [entry for entry in map(json.loads, lines) if entry["event"] == event]
+
+
+def running(slurm: RmsCluster, job: int) -> None:
+    slurm.wait(lambda: slurm.job(job)["JobState"] == "RUNNING", 60, f"job {job} runs")
+
+
+def test_nothing_is_misplaced_under_overload(slurm: RmsCluster) -> None:
+    chance = random.Random(7)
+    began = len(audit(slurm, "granted")) if (slurm.root / "n1" / "audit.jsonl").exists() else 0
+    jobs = {}
+    for number in range(36):
+        gres = chance.choice([*PROFILES, "1g:2", "3g,mig:1g"])
+        script = records.script(f"sleep {chance.uniform(1, 3):.1f}")
+        job = slurm.sbatch(script, f"--gres=mig:{gres}", "--output=%j.out", user=slurm.users[number % 2])
+        jobs[job] = slurm.users[number % 2].work / f"{job}.out"
+    slurm.wait_all(240)
+    assert Counter(slurm.states()[str(job)] for job in jobs) == {"COMPLETED": 36}
+    assert audit(slurm, "refused") == []
+    assert len(audit(slurm, "granted")) - began == 36
+    found = [one for path in jobs.values() for one in records.read(path)]
+    assert len(found) == 36
+    journals = {node: records.journal(slurm.root / node / "gpus.json.journal") for node in slurm.nodes}
+    slots, faults = records.slots(found, journals)
+    assert faults == records.overlaps(slots) == []
+
+
+def test_small_jobs_start_together_where_all_of_them_fit(slurm: RmsCluster) -> None:
+    array = slurm.sbatch("sleep 20", "--gres=mig:1g", "--array=1-14", user=slurm.users[0])
+    slurm.wait(lambda: count(slurm) == 14, 60, "all run")
+    starts = sorted(slurm.run("squeue", "-h", "-r", "-j", str(array), "-o", "%S").stdout.split())
+    assert max(Counter(starts).values()) >= 4, f"in one pass of the scheduler: {starts}"
+
+
+def count(slurm: RmsCluster) -> int:
+    return sum(line.split()[1] == "RUNNING" for line in slurm.queue())
+
+
+def test_what_is_not_ours_stays_as_slurm_conf_has_it(slurm: RmsCluster) -> None:
+    before = record(slurm, "n1")
+    whole = slurm.sbatch("sleep 30", "--gres=gpu:a100:1", "-wn1", user=slurm.users[1])
+    running(slurm, whole)
+    job = slurm.sbatch("sleep 30", "--gres=mig:7g", "-C", "ib|old", "-x", "n2", user=slurm.users[0])
+    running(slurm, job)
+    slurm.wait(lambda: "rms_7g.80gb_2" not in features(slurm, "n1"), 60, "published")
+    after = record(slurm, "n1")
+    assert [f for f in after["AvailableFeatures"].split(",") if not f.startswith("rms_")] == ["ib", "old"]
+    assert [g for g in after["Gres"].split(",") if "migt" not in g] == [
+        g for g in before["Gres"].split(",") if "migt" not in g
+    ]
+    assert "gpu:a100:2" in after["Gres"] and after["Gres"] != before["Gres"]
+    # slurmd's own count is another one than what is published, with jobs that use it: no reason to drain the node.
+    slurm.restart_slurmd("n1")
+    slurm.wait(lambda: slurm.node_states()["n1"].state in ("mixed", "drained"), 30, "registered")
+    time.sleep(1)
+    assert tuple(slurm.node_states()["n1"]) == ("mixed", "")
+    assert record(slurm, "n1")["Gres"] == after["Gres"]
+
+
+def test_after_a_reconfigure_nothing_starts_until_the_node_has_spoken(slurm: RmsCluster) -> None:
+    running(slurm, slurm.sbatch("sleep 600", "--gres=mig:2g", user=slurm.users[1]))
+    slurm.wait(lambda: not all("rms_7g.80gb_2" in features(slurm, n) for n in slurm.nodes), 60, "published")
+    slurm.run("scontrol", "reconfigure")
+    slurm.wait(lambda: not any("rms_" in f for n in slurm.nodes for f in features(slurm, n)), 30, "forgotten")
+    job = slurm.sbatch("true", "--gres=mig:1g", user=slurm.users[0])
+    time.sleep(4)
+    assert slurm.job(job)["JobState"] == "PENDING" and slurm.job(job)["Priority"] != "0"
+    slurm.publish()
+    slurm.wait(lambda: slurm.job(job)["JobState"] == "COMPLETED", 60, "it ran")
+
+
+def test_what_ends_while_slurmctld_is_away_is_published_later(slurm: RmsCluster) -> None:
+    job = slurm.sbatch("sleep 600", "--gres=mig:7g:2", user=slurm.users[0])
+    running(slurm, job)
+    node = slurm.job(job)["NodeList"]
+    slurm.wait(lambda: not any("rms_" in f for f in features(slurm, node)), 60, "nothing fits")
+    comment = slurm.job(job)["Comment"]
+    slurm.stop_daemon("slurmctld")
+    try:
+        told = {"SLURM_JOB_ID": str(job), "SLURM_JOB_UID": str(slurm.users[0].uid), "SLURM_JOB_COMMENT": comment,
+                "SLURMD_NODENAME": node, "SLURM_CLUSTER_NAME": "throwaway"}  # fmt: skip
+        began = time.monotonic()
+        slurm.run(str(slurm.etc / "epilog"), env=told)  # with slurmctld away slurmd starts none: one that was under way
+        assert time.monotonic() - began < 15
+        assert "not published yet" in hooks(slurm)
+    finally:
+        slurm.start_daemon("slurmctld")
+    # No timer runs here: it is the process that the Epilog has left.
+    slurm.wait(lambda: "rms_7g.80gb_2" in features(slurm, node), 90, "published after all")
+    slurm.publish()  # slurmctld has forgotten what the other node said
+
+
+def test_a_job_for_a_certain_node_is_taken_while_that_has_no_room(slurm: RmsCluster) -> None:
+    full = slurm.sbatch("sleep 6", "--gres=mig:7g:2", "-wn1", user=slurm.users[1])
+    running(slurm, full)
+    job = slurm.sbatch("true", "--gres=mig:3g", "-wn1", user=slurm.users[0])
+    slurm.wait_all(90)
+    assert slurm.job(job)["JobState"] == "COMPLETED"
+
+
+def test_users_cannot_get_past_it(slurm: RmsCluster) -> None:
+    user = slurm.users[0]
+    full = [slurm.sbatch("sleep 60", "--gres=mig:7g:2", user=slurm.users[1]) for _ in slurm.nodes]
+    for job in full:
+        running(slurm, job)
+    job = slurm.sbatch("true", "--gres=mig:3g", user=user)
+    for change in ("features=ib", "features=", "gres=mig:3g.40gb:1", "comment=mine"):
+        assert slurm.run("scontrol", "update", f"jobid={job}", change, user=user, check=False).returncode, change
+    for options in (
+        ("--gres=migt:job:1",),
+        ("--gres=mig:1g,migt:job:1",),
+        ("-C", "rms_1g.10gb_1"),
+        ("--gres=mig:1g", "-w", "rmsfit"),
+        ("--gres=mig:1g", "--prefer=ib"),
+    ):
+        done = slurm.run("sbatch", *options, "--wrap=true", user=user, check=False)
+        assert done.returncode and "rms: " in done.stderr, options
+    assert slurm.job(job)["JobState"] == "PENDING"
