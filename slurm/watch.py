@@ -47,7 +47,7 @@ ROOM = {"Resources", "Priority", "ReqNodeNotAvail", "Constraints"}
 """Why a job waits that waits for room. The gate shows as ReqNodeNotAvail (features) or Constraints (extra)."""
 USELESS = ("down", "drain", "fail", "maint", "reserv", "reboot", "power", "unknown", "not_responding", "*", "future")
 """In the state of a node that starts no jobs now."""
-GATE = "fit_"
+GATE = "rms_"
 """How the features begin that nodes publish: they say what fits now, and so nothing about later."""
 
 

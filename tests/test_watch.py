@@ -93,7 +93,7 @@ def test_a_node_that_starts_nothing_keeps_nothing(state: str) -> None:
 
 @pytest.mark.parametrize("reason", ["ReqNodeNotAvail, May be reserved for other job", "Priority", "Constraints"])
 def test_a_gate_is_a_lack_of_room(reason: str) -> None:
-    waiting = job(9, reason=reason, features=("fit_7g",))
+    waiting = job(9, reason=reason, features=("rms_7g",))
     assert decide([waiting], [node("n1")], NOW, 4) == {"n1": Keep(9, "7g.80gb:1", 1, NOW)}
 
 
