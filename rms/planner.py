@@ -212,11 +212,16 @@ def beside(view: View, kept: Kept, end: float | None) -> View:
     gpus = list(view.gpus)
     for index, place in kept.places:
         gpu = gpus[index]
-        # What is free of the place is filled with instances as small as there are: they are legal beside the busy ones.
-        small = min((p for p in gpu.geometry.profiles if p.plain), key=lambda p: (p.memory, p.compute)).name
-        free = [p for p in gpu.geometry.legal(small, gpu.taken) if p.mask & place.mask]
+        if place in gpu.geometry.legal(place.profile, gpu.taken):
+            filling = [place]
+        elif gpu.geometry.by_name[place.profile].media:  # slices would not do: somebody else could take the engines
+            gpus[index] = gpu.without_room()
+            continue
+        else:  # what is free of it, by instances as small as there are: they are legal beside the busy ones
+            small = min((p for p in gpu.geometry.profiles if p.plain), key=lambda p: (p.memory, p.compute)).name
+            filling = [p for p in gpu.geometry.legal(small, gpu.taken) if p.mask & place.mask]
         idle = tuple(i for i in gpu.idle if gpu.geometry.by_name[i.profile].media or not i.mask & place.mask)
-        gpus[index] = gpu._replace(blocked=(*gpu.blocked, *free), idle=idle)
+        gpus[index] = gpu._replace(blocked=(*gpu.blocked, *filling), idle=idle)
     return view._replace(gpus=tuple(gpus))
 
 
