@@ -29,7 +29,7 @@ A100 = geometry.load("A100-80GB")
 
 def node(name: str, gpus: int = 2, comment: str = "", state: str = "mixed", **more: object) -> Node:
     gres = {}
-    for item in site.gres(A100, gpus).split(","):
+    for item in site.gres(A100, gpus, "features").split(","):
         key, _, count = item.rpartition(":")
         gres[key] = int(count)
     return Node(name, state, ("main",), gres, (), comment)._replace(**more)
