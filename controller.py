@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import NamedTuple, NoReturn, TypeVar
 
 from rms import config as configuration
@@ -488,11 +489,19 @@ def _kept(view: View, told: demand.Told, asked: Request) -> planner.Kept | None:
     return None
 
 
-def choose(view: View, asked: planner.Asked, candidates: Sequence[planner.Candidate]) -> planner.Choice:
-    """The policy that this controller asks: the one place where it is chosen. The planner's rule stands in for it."""
+def choose(view: View, asked: planner.Asked, candidates: Sequence[planner.Candidate], site: str = "") -> planner.Choice:
+    """The policy that this controller asks: the one place where it is chosen. The planner's rule stands in for it.
+
+    `site` is where a node may have models of its own (`Config.policy_dir`).
+    """
     from policy import model
 
-    return model.choose(view, asked, candidates)
+    return model.choose(view, asked, candidates, site)
+
+
+def chooser(config: Config) -> planner.Choose:
+    """The policy with the models of this node's site."""
+    return partial(choose, site=config.policy_dir)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -528,7 +537,8 @@ def main(arguments: Sequence[str]) -> int:
             return loop.run(lines, sys.stdout, choose, options.gpus)
     try:
         path = os.environ.get("RMS_CONFIG", configuration.DEFAULT_PATH)
-        controller = Controller(configuration.load(path, configuration.node_name()), choose)
+        settings = configuration.load(path, configuration.node_name())
+        controller = Controller(settings, chooser(settings))
         run = Run(options.cluster, options.job, options.restart)
         if options.verb == "release":
             controller.release(run)

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 WEIGHTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights")
 MAGIC = b"RMS policy 1\n"
+MOST_BYTES = 1 << 20
+"""The largest file that is read; the shipped one has 20 kB."""
 PRIOR = 8.0
 """How many requests the shipped prior counts for in the estimate of the demand."""
 SAME = 1.0
@@ -144,19 +146,35 @@ def unpack(data: bytes, geometry: Geometry) -> Model:
     )
 
 
+def file_name(geometry: Geometry) -> str:
+    """What the file of the model for a board is called, in whatever folder."""
+    return f"slots{geometry.slots}.model"
+
+
 @lru_cache
 def load(geometry: Geometry, folder: str = WEIGHTS) -> Model:
     """The model for a board. Raises ModelError if there is none that is whole."""
-    path = os.path.join(folder, f"slots{geometry.slots}.model")
+    path = os.path.join(folder, file_name(geometry))
     try:
         with open(path, "rb") as file:
-            data = file.read()
+            data = file.read(MOST_BYTES)
     except OSError as error:
         raise ModelError(f"no model for {geometry.model}: {path}: {error.strerror}") from error
     try:
         return unpack(data, geometry)
     except ModelError as error:
         raise ModelError(f"{path} {error}") from None
+
+
+def in_use(geometry: Geometry, site: str = "", shipped: str = WEIGHTS) -> tuple[Model, str]:
+    """The model that decides: that in the folder `site` (`policy.shelf`), the shipped one where there is none that is
+    whole. And why the site's own does not, if it should. Raises ModelError if there is neither."""
+    if not site or not os.path.lexists(os.path.join(site, file_name(geometry))):
+        return load(geometry, shipped), ""
+    try:
+        return load(geometry, site), ""
+    except ModelError as error:
+        return load(geometry, shipped), f"{error}; the shipped model stands in: "
 
 
 def values(model: Model, shares: Sequence[float]) -> list[float]:
@@ -203,14 +221,15 @@ def unit(view: View) -> tuple[float, float | None]:
     return sum(known) / len(known), usual if len(known) >= 8 and 2 * alike > len(known) else None
 
 
-def choose(view: View, asked: Asked, candidates: Sequence[Candidate], folder: str = WEIGHTS) -> Choice:
+def choose(view: View, asked: Asked, candidates: Sequence[Candidate], site: str = "", shipped: str = WEIGHTS) -> Choice:
     """`rms.planner.Choose`: where the value of the GPUs, over the known remaining times, grows most.
 
-    Ties by GPU, then start. Where there is no model for the boards, the built-in rule decides and says why.
+    Ties by GPU, then start. The model is that of the folder `site`, else the shipped one; where there is none for the
+    boards, the built-in rule decides. The reason says so.
     """
     geometry = view.gpus[candidates[0].gpu].geometry
     try:
-        model = load(geometry, folder)
+        model, fault = in_use(geometry, site, shipped)
         if any(signature(view.gpus[c.gpu].geometry) != model.manifest["board"] for c in candidates):
             raise ModelError("GPUs that are not alike: no model compares them")
     except ModelError as error:
@@ -227,7 +246,7 @@ def choose(view: View, asked: Asked, candidates: Sequence[Candidate], folder: st
     return Choice(
         chosen,
         tuple(s / 2e6 for s in scores),
-        f"most value left for the demand {mix}" + (f", limits of {mean / 60:.0f} min" if rate else ""),
+        f"{fault}most value left for the demand {mix}" + (f", limits of {mean / 60:.0f} min" if rate else ""),
         "learned",
         model.name,
         layout(model, of_class, shares, view, chosen),

@@ -17,12 +17,15 @@ from typing import TYPE_CHECKING, cast
 
 import rms
 from rms import config
-from rms.errors import NodeError, RmsError
+from rms.device import DeviceError
+from rms.errors import NodeError, RequestError, RmsError
 
 if TYPE_CHECKING:
+    from policy.shelf import Shelf
     from rms.geometry import Geometry
     from rms.inventory import State
     from rms.nvml import NvmlDevice
+    from rms.planner import View
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -119,6 +122,25 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", action="store_true", help="everything, as one JSON object")
     verb.add_argument("--report", metavar="FILE.html", help="write a page with pictures")
 
+    verb = verbs.add_parser("policy", allow_abbrev=False, help="which model decides on this node (docs/learning.md)")
+    parts = verb.add_subparsers(title="what to do", metavar="WHAT", required=True)
+    about = "the models of this node's GPUs, the one in use marked"
+    for name, do, text in (
+        ("list", policy_list, about),
+        ("show", policy_show, "one model, what this node sees of the demand, how often the built-in rule stood in"),
+        ("use", policy_use, "let a model decide from now on"),
+        ("rollback", policy_rollback, "let the model before this one decide again"),
+    ):
+        part = parts.add_parser(name, allow_abbrev=False, help=text)
+        part.set_defaults(verb=do)
+        if name == "show":
+            part.add_argument("name", nargs="?", metavar="NAME", help="default: the one in use")
+        if name == "use":
+            part.add_argument("name", metavar="NAME|FILE", help="a name of the list, or a model file to add to it")
+        if name in ("list", "show"):
+            part.add_argument("--json", action="store_true", help="everything, as one JSON object")
+        _node_options(part)
+
     verb = verbs.add_parser("train", allow_abbrev=False, help="train a policy for a GPU model; needs rms-mig[train]")
     verb.set_defaults(verb=train)
     verb.add_argument("--config", required=True, metavar="FILE", help="such as policy/configs/slots8.toml")
@@ -151,7 +173,7 @@ def show(options: argparse.Namespace) -> int:
     settings = _settings(options)
     seen = look(settings)
     known = next(iter(seen.state.geometries.values()), None) if seen.state else None
-    found = report(seen, options.node, _policy(known))
+    found = report(seen, options.node, _policy(settings, known))
     if options.json:
         print(json.dumps(found, indent=2))
     else:
@@ -323,7 +345,132 @@ def train(options: argparse.Namespace) -> int:
     return 0
 
 
-def _policy(known: Geometry | None) -> dict[str, str | None]:
+def policy_list(options: argparse.Namespace) -> int:
+    """The models that this node could use."""
+    import json
+
+    shelf = _shelf(_settings(options))
+    rows = [
+        {"name": m.name, "model": m.model.name if m.model else None, "fault": m.fault, "in_use": m.used}
+        for m in shelf.list()
+    ]
+    if options.json:
+        print(json.dumps({"schema": 1, "board": shelf.geometry.model, "models": rows}, indent=2))
+    else:
+        for row in rows:
+            print(f"{'*' if row['in_use'] else ' '} {row['name']:32} {row['model'] or row['fault']}")
+    return 0
+
+
+def policy_show(options: argparse.Namespace) -> int:
+    """All that is known of a model, and of how it does here."""
+    import json
+    import time
+
+    from policy import audits, model
+    from policy import shelf as shelves
+
+    settings = _settings(options)
+    shelf = _shelf(settings)
+    name = options.name or shelf.in_use()
+    try:
+        found = shelf.read(name)
+    except model.ModelError as error:
+        raise RequestError(f"{name} {error}; rms policy list has the others") from None
+    view = _seen(settings, shelf.geometry, time.time())
+    stood = audits.stand_ins(settings.audit_log)
+    told = {
+        "schema": 1,
+        "name": name,
+        "model": found.name,
+        "in_use": name == shelf.in_use(),
+        "used": [used._asdict() for used in shelf.history().used],
+        "rollback": shelf.before(),
+        "manifest": dict(found.manifest),
+        "requests_seen": len(view.recent),
+        "requests_waiting": None if view.pending is None else len(view.pending),
+        "demand": dict(zip(found.plain, model.estimate(found, view, shelf.geometry), strict=True)),
+        "mean_limit_seconds": model.unit(view)[0] or None,
+        "decisions": stood._asdict(),
+    }
+    print(json.dumps(told, indent=2) if options.json else shelves.describe(told))
+    return 0
+
+
+def policy_use(options: argparse.Namespace) -> int:
+    """Swap the model."""
+    from policy import model
+
+    settings = _settings(options)
+    shelf = _shelf(settings)
+    before, name = shelf.in_use(), options.name
+    if not shelf.has(name):
+        path, name = name, os.path.basename(name).removesuffix(".model")
+        with open(path, "rb") as file:
+            shelf.add(file.read(model.MOST_BYTES + 1), name)
+    shelf.use(name)
+    _swapped(settings, shelf, "use", before)
+    print(f"{name} decides from now on; rms policy rollback leads back to {before}")
+    return 0
+
+
+def policy_rollback(options: argparse.Namespace) -> int:
+    """Swap back."""
+    settings = _settings(options)
+    shelf = _shelf(settings)
+    before = shelf.in_use()
+    name = shelf.rollback()
+    _swapped(settings, shelf, "rollback", before)
+    print(f"{name} decides from now on, and no longer {before}")
+    return 0
+
+
+def _swapped(settings: config.Config, shelf: Shelf, by: str, before: str) -> None:
+    """Note a swap in the audit log."""
+    from rms.audit import Audit
+
+    audit = Audit(settings.audit_log)
+    name = shelf.in_use()
+    audit.write("policy", by=by, name=name, model=shelf.read(name).name, before=before)
+    if audit.fault:
+        print(f"rms: {audit.fault}", file=sys.stderr)
+
+
+def _shelf(settings: config.Config) -> Shelf:
+    """The models for this node's GPUs."""
+    from policy.shelf import Shelf
+
+    return Shelf(settings.policy_dir, _board(settings))
+
+
+def _board(settings: config.Config) -> Geometry:
+    """The geometry of this node's GPUs, as the state has it; before the first MIG job, as the hardware has it."""
+    from rms.show import look
+
+    if known := look(settings).state.geometries:
+        return next(iter(known.values()))
+    import controller
+
+    device = controller.open_device(settings, config.boot_id(settings))
+    try:
+        return device.geometry(device.gpus()[0])
+    except DeviceError as error:
+        raise NodeError(f"cannot read the placements of the GPUs: {error}") from error
+    finally:
+        device.close()
+
+
+def _seen(settings: config.Config, board: Geometry, now: float) -> View:
+    """What a policy would see of this node now."""
+    from rms import demand, inventory
+    from rms.show import look
+
+    view = inventory.view(look(settings).state, now)
+    told = demand.load(settings.state_dir, now)
+    return view._replace(pending=told.pending(board)) if told else view
+
+
+def _policy(settings: config.Config, known: Geometry | None) -> dict[str, str | None]:
     """What decides on this node. Only an answer tells, since a policy that fails is replaced: ask with an empty GPU."""
     import controller
     from rms import geometry, planner
@@ -331,8 +478,8 @@ def _policy(known: Geometry | None) -> dict[str, str | None]:
 
     known = known or geometry.load(geometry.models()[0])
     view = planner.View((planner.GpuView("", known),), (), None, 0.0)
-    decisions = planner.plan(view, Request(((known.profiles[0].name, 1),)), None, controller.choose) or []
-    choice = decisions[0].choice
+    request = Request(((known.profiles[0].name, 1),))
+    choice = (planner.plan(view, request, None, controller.chooser(settings)) or [])[0].choice
     return {"source": choice.source, "model": choice.model, "reason": choice.reason}
 
 

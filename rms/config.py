@@ -51,6 +51,11 @@ class Config(NamedTuple):
     boot_id_file: str = "/proc/sys/kernel/random/boot_id"
     """Another file only in tests, to play a reboot."""
 
+    @property
+    def policy_dir(self) -> str:
+        """The site's own models and which of them decides (`policy.shelf`): beside the state, root's own."""
+        return os.path.join(self.state_dir, "policy")
+
 
 ADMISSIONS = ("features", "extra", "sums")
 _NUMBER = (int, float)

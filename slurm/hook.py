@@ -144,7 +144,7 @@ def _ending(hook: Hook, config: Config, local: controller.Controller) -> list[Ru
 
 
 def _acquire(hook: Hook, config: Config, ticket: Ticket, log: Log) -> list[controller.Granted]:
-    local = controller.Controller(config, controller.choose, log)
+    local = controller.Controller(config, controller.chooser(config), log)
     return local.acquire(hook.run, hook.uid, ticket.request, ticket.submit, ticket.limit)
 
 

@@ -86,7 +86,7 @@ def may(found: Import) -> bool:
     if found.module == "rms.cli":
         return found.inside  # inside the verb that needs it
     if who == "policy":
-        return found.name in ("rms", "rms.geometry", "rms.planner", "rms.request", "rms.errors")
+        return found.name in ("rms", "rms.geometry", "rms.planner", "rms.request", "rms.errors", "rms.files")
     return (who, whom) in {
         ("controller", "rms"),
         ("controller", "policy"),

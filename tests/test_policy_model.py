@@ -218,7 +218,7 @@ def stands_in(folder: Path, board: Geometry = BOARD) -> str:
     offered = planner.candidates(seen, asked.profile)
     model.load.cache_clear()
     try:
-        choice = model.choose(seen, asked, offered, str(folder))
+        choice = model.choose(seen, asked, offered, shipped=str(folder))
     finally:
         model.load.cache_clear()
     assert choice._replace(reason="") == planner.built_in(seen, asked, offered)._replace(reason="")
