@@ -449,9 +449,9 @@ def _board(settings: config.Config) -> Geometry:
 
     if known := look(settings).state.geometries:
         return next(iter(known.values()))
-    import controller
+    from rms import hardware
 
-    device = controller.open_device(settings, config.boot_id(settings))
+    device = hardware.open_device(settings, config.boot_id(settings))
     try:
         return device.geometry(device.gpus()[0])
     except DeviceError as error:
