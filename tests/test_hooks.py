@@ -149,7 +149,7 @@ class Hooks:
             cwd=self.node.root,
             capture_output=True,
             text=True,
-            timeout=20,
+            timeout=60,
             check=False,
         )
 
@@ -384,7 +384,7 @@ def test_a_slurmd_that_died_meanwhile(hooks: Hooks) -> None:
     # The Prolog's own parent is the subshell that waits for it, so that one is the slurmd that dies.
     killed = f"sh -c '{hooks.etc}/prolog & sleep 0.02'; until grep -q requeue {hooks.calls_file}; do sleep 0.05; done"
     for line, requeued in ((f"{command}; wait", False), (killed, True)):
-        subprocess.run(["sh", "-c", line], env={**hooks.environment(), "PATH": "/usr/bin:/bin"}, timeout=20, check=True)
+        subprocess.run(["sh", "-c", line], env={**hooks.environment(), "PATH": "/usr/bin:/bin"}, timeout=60, check=True)
         assert ("scontrol [requeue] [7]" in hooks.calls()) == requeued
         assert str(hooks.left()).startswith("granted 0 ")
     hooks.epilog()

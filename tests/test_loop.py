@@ -98,7 +98,7 @@ def test_a_limit_that_is_none_is_refused(number: str) -> None:
         input="acquire a 1g\n",
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
         check=False,
     )
     assert (done.returncode, done.stdout) == (2, "") and "--gpus" in done.stderr
@@ -275,7 +275,7 @@ import controller
 sys.exit(controller.main([]))
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], input="acquire a 3g\n", capture_output=True, text=True, timeout=20, check=False
+        [sys.executable, "-c", program], input="acquire a 3g\n", capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.stdout, done.stderr, done.returncode) == ("0 5\n", "", 0)
 

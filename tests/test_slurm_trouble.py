@@ -126,6 +126,7 @@ def test_prologs_are_killed(slurm: Cluster) -> None:
     one, two, three = starting(slurm, "4g:1", "1g:2 --no-requeue", "2g:1")
     kill(slurm, "slurm.hook prolog", jobs=[one, two])
     kill(slurm, "prolog", jobs=[three])
+    slurm.wait(lambda: len([line for line in slurm.queue() if " PENDING " in line]) == 3, 60, "back, each drained it")
     drained(slurm)
     slurm.run("scontrol", "release", str(three), user=slurm.users[0])
     slurm.wait_all(120)

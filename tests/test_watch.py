@@ -313,5 +313,5 @@ def test_without_a_slurmctld_it_waits(slurm_root: Path) -> None:
     time.sleep(2)
     assert service.poll() is None
     service.terminate()
-    _, said = service.communicate(timeout=20)
+    _, said = service.communicate(timeout=60)
     assert 1 <= len(said.splitlines()) <= 2 and "Traceback" not in said
