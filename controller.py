@@ -161,7 +161,7 @@ class Controller:
                 self._wait(f"run {run} is being worked on by process {busy.owner.pid}")
             elif older is not None:
                 self._release(older)
-            elif granted := self._fulfil(intent, uid, steps if self._pass(ahead) else [], failures):
+            elif granted := self._fulfil(intent, uid, steps if self._pass(ahead, steps) else [], failures):
                 return granted
 
     def _over(self, state: State, run: Run) -> Run | None:
@@ -235,17 +235,19 @@ class Controller:
         )
         return decisions
 
-    def _pass(self, ahead: Sequence[Intent]) -> bool:
+    def _pass(self, ahead: Sequence[Intent], steps: Sequence[Step]) -> bool:
         """Wait until others have removed what is in our way. False if one of them died over it."""
-        numbers = {other.number for other in ahead}
-        while numbers:
-            with self._store.open("acquire") as state:
-                left = [other for other in state.intents if other.number in numbers]
-            if not left:
-                break
+        left = list(ahead)
+        while left:
             if not all(other.owner.alive() for other in left):
                 return False
-            self._wait(f"process {left[0].owner.pid} is removing instances")
+            for gpu in sorted({step.gpu for step in steps}):
+                with self._store.hardware([gpu], "acquire"):
+                    pass  # they hold it while they remove: to look at the state again and again would keep it from them
+            there = {other.number for other in self._store.glance().intents}
+            if all(other.number in there for other in left):
+                self._wait(f"process {left[0].owner.pid} is removing instances")
+            left = [other for other in left if other.number in there]
         return True
 
     def _fulfil(
