@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import os
+import stat
+
+
+def private(path: str) -> bool:
+    """Whether this is a directory, not a link, in which nobody but the caller's user can write. OSError if missing."""
+    found = os.lstat(path)
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
 
 
 def replace(path: str, data: bytes, mode: int = 0o600, keep: str | None = None, durable: bool = True) -> None:

@@ -15,7 +15,6 @@ a requeued job without one (docs/slurm.md), which is why a refusal outlives its 
 from __future__ import annotations
 
 import os
-import stat
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -49,10 +48,10 @@ def directory(run_dir: str) -> str:
                 os.makedirs(place, exist_ok=True)
                 # Whatever our umask: each user's TaskProlog reads here, only root writes.
                 os.chmod(place, 0o755)  # noqa: S103
-        found = os.lstat(path)
+        private = files.private(path)
     except OSError as error:
         raise NodeError(f"cannot use {path}: {error.strerror}") from error
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+    if not private:
         raise NodeError(f"{path} must be a directory of root's own that only root can write, and is not: remove it")
     return path
 

@@ -42,6 +42,7 @@ class Store:
         self._directory = directory
         self._deadline = deadline
         self._body = ""  # the JSON text that the file is known to have: what need not be written again
+        self._checked = False
         self._rehearsal = rehearsal
         self._rehearsed = ""
 
@@ -123,8 +124,21 @@ class Store:
         except (OSError, ValueError, KeyError, TypeError):
             raise Damaged(f"{self.path} {fault}, and there is no previous generation", None) from None
 
+    def _check(self) -> None:
+        """Raises NodeError if somebody else could put another state in the place of ours."""
+        if not self._checked:
+            try:
+                self._checked = files.private(os.path.realpath(self._directory))
+            except OSError as error:
+                raise NodeError(f"cannot use the state directory {self._directory}: {error.strerror}") from error
+        if not self._checked:
+            raise NodeError(
+                f"cannot use the state directory {self._directory}: it must be root's own, for nobody else to write"
+            )
+
     @contextmanager
     def _locked(self, name: str, what: str, poll: float = POLL_SECONDS) -> Iterator[None]:
+        self._check()
         from filelock import FileLock, Timeout  # most of a hook's start-up; the loop on standard input needs no lock
 
         path = os.path.join(self._directory, name)

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -499,7 +500,7 @@ def test_an_audit_log_on_a_full_disk_costs_no_job_its_instance(hooks: Hooks) -> 
         assert events[-1] == "granted"
 
 
-@pytest.mark.parametrize("kind", ["link", "dangling", "file", "fifo", "open to all"])
+@pytest.mark.parametrize("kind", ["link", "dangling", "file", "fifo", "a user's", "open to all"])
 def test_something_else_in_the_place_of_the_grants(hooks: Hooks, kind: str) -> None:
     hooks.prolog(1)
     elsewhere, jobs = hooks.node.root / "elsewhere", hooks.node.root / "run" / "jobs"
@@ -515,6 +516,9 @@ def test_something_else_in_the_place_of_the_grants(hooks: Hooks, kind: str) -> N
     else:
         jobs.mkdir()
         jobs.chmod(0o777)
+        (jobs / "8").symlink_to(elsewhere / "8")
+        if kind == "a user's":
+            os.chown(jobs, 65534, 65534)
     (elsewhere / "7").write_text("none 0\n")
     hooks.prolog(7)
     calls = hooks.calls()
@@ -523,9 +527,11 @@ def test_something_else_in_the_place_of_the_grants(hooks: Hooks, kind: str) -> N
     assert (elsewhere / "7").read_text() == "none 0\n" and not (elsewhere / "8").exists(), "written through a link"
     hooks.epilog(7)
     hooks.epilog(8, comment="")
-    jobs.chmod(0o755) if kind == "open to all" else jobs.unlink()
-    if kind != "open to all":
-        elsewhere.rename(jobs)
+    if jobs.is_dir() and not jobs.is_symlink():
+        shutil.rmtree(jobs)
+    else:
+        jobs.unlink()
+    elsewhere.rename(jobs)
     hooks.epilog(1)
     assert hooks.holders() == []
 

@@ -84,6 +84,22 @@ def test_files_are_root_s_alone(node: Node) -> None:
     assert set(files.values()) == {0o600}, files
 
 
+@pytest.mark.parametrize("what", ["open to all", "to its group", "another user's"])
+def test_a_state_directory_that_others_can_write_to(node: Node, what: str) -> None:
+    node.acquire(1, "3g")
+    directory = node.root / "state"
+    if what == "another user's":
+        os.chown(directory, 65534, -1)
+    else:
+        directory.chmod(0o757 if what == "open to all" else 0o775)
+    with pytest.raises(NodeError, match="must be root's own, for nobody else to write"):
+        node.acquire(2, "1g")
+    os.chown(directory, os.geteuid(), -1)
+    directory.chmod(0o700)
+    node.acquire(2, "1g")
+    node.check()
+
+
 def test_nothing_is_written_when_nothing_changed(fast_dir: Path) -> None:
     it = written(fast_dir, "a", "b")
     before = {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in fast_dir.glob("state.json*")}
@@ -259,7 +275,9 @@ def small_disk(node: Node) -> Iterator[Callable[[], None]]:
     """The state directory on a disk of 256 kB; gives what fills it. Where nothing can be mounted: a limit to writes."""
     directory = node.root / "state"
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "rms-test", str(directory)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=256k,mode=700", "rms-test", str(directory)],
+        capture_output=True,
+        check=False,
     )
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
