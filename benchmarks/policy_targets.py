@@ -69,10 +69,9 @@ def queue(quick: bool, service: str) -> Iterator[str]:
             mean, true, whole, means, tails = [], [], [], [], []
             for seed in seeds.TEST[:count]:
                 jobs = workload.stream(A100, seed, jobs_each, shares, 0.8, 8, service, limit)
-                unit = float(jobs.limit.mean()) if limit != "none" else 0.0
                 worlds = (
                     simulate(TABLES, node, baselines.mfi(A100, shares), jobs),
-                    simulate(TABLES, node, evaluate.learned(A100, shares, mean=unit), jobs),
+                    simulate(TABLES, node, evaluate.learned(A100, shares, known=evaluate.told(SHIPPED, jobs)), jobs),
                     evaluate.simulate_estimating(A100, TABLES, node, SHIPPED, jobs, pending=False),
                 )
                 cut = slice(jobs_each // 20, None)
@@ -103,7 +102,7 @@ def reuse(quick: bool) -> Iterator[str]:
     made, mfis, waits = [], [], []
     for seed in seeds.TEST[:count]:
         jobs = workload.stream(A100, seed, jobs_each, shares, 0.7, 8, limit="1to3")
-        rule = evaluate.learned(A100, shares, mean=float(jobs.limit.mean()))
+        rule = evaluate.learned(A100, shares, known=evaluate.told(SHIPPED, jobs))
         lazy, eager = (simulate(TABLES, Node(8, depth=300, lazy=on), rule, jobs) for on in (True, False))
         mfi = simulate(TABLES, Node(8, depth=300, lazy=True), baselines.mfi(A100, shares), jobs)
         made.append(float(lazy.created.mean()))

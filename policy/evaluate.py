@@ -1,26 +1,60 @@
-"""The learned policy as a rule of the simulator: with the demand given, or estimated from what a node has seen."""
+"""The learned policy as a rule of the simulator, with demand and times given or estimated from what a node has seen."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from policy import model
-from policy.model import PRIOR, Model
+from policy.model import PRIOR, Model, Times
 from policy.simulator import Node, Rule, Tables, World, advance, by_value, finish, simulate, tables, world
 from policy.transitions import Transitions
-from policy.workload import Floats, Jobs, stream
+from policy.workload import UNKNOWN, Floats, Jobs, stream
+from rms.planner import Demand, Ended, View
+from rms.request import Request
 
-REMEMBERED = 64
-"""How many requests a node remembers: `rms.inventory.RECENT`, which may not be imported here; a test compares them."""
+REMEMBERED = 256
+"""How many requests and ended jobs a node remembers: `rms.inventory.RECENT`, which may not be imported here; a test
+compares them."""
 TURN = 16
 """Arrivals between two estimates in a simulation. The runtime makes one for every decision."""
+BLIND = Times()
+"""Nothing is known of times."""
 
 
-def learned(moves: Transitions, shares: Floats, of: Model | None = None, mean: float = 0.0) -> Rule:
-    """The rule of a model (the shipped one) for a demand. `mean` is the mean time limit: 0 leaves all times out."""
+def learned(moves: Transitions, shares: Floats, of: Model | None = None, known: Times = BLIND) -> Rule:
+    """The rule of a model (the shipped one) for a demand, and for what is known of times."""
     of = of or model.load(moves.geometry)
-    value = np.array(model.values(of, shares.tolist()))[np.array(moves.classes)]
-    return by_value(tables(moves.geometry.model), value, of.foresight / mean if mean else 0.0, of.reuse)
+    value = np.array(model.values(of, shares.tolist(), known.rate > 0))[np.array(moves.classes)]
+    t = tables(moves.geometry.model)
+    return by_value(t, value, known.rate, of.reuse, np.array(known.ratios, dtype=np.float64), known.guesses)
+
+
+def told(of: Model, jobs: Jobs) -> Times:
+    """What a node would know of times that had seen all these jobs."""
+    chosen = np.linspace(0, len(jobs.limit) - 1, 4 * REMEMBERED).astype(int)
+    return seen_times(of, jobs.limit[chosen], jobs.duration[chosen])
+
+
+def seen_times(of: Model, limits: Floats, durations: Floats) -> Times:
+    """What the runtime makes of jobs that have ended. Times here have no seconds: `model.SAME` must stay small."""
+    known = limits < UNKNOWN
+    pairs = zip((durations[known] * SECONDS).tolist(), (limits[known] * SECONDS).tolist(), strict=True)
+    ended = tuple(Ended(ran, limit) for ran, limit in pairs)
+    nothing = Request(())
+    view = View((), tuple(Demand(0.0, nothing, e.limit) for e in ended), None, 0.0, ended)
+    times = model.times(of, view)
+    return times._replace(rate=times.rate * SECONDS, usual=None if times.usual is None else times.usual / SECONDS)
+
+
+SECONDS = 3600.0
+"""A mean duration, where seconds matter."""
+
+
+def without_usual(jobs: Jobs, usual: float | None) -> Jobs:
+    """The jobs as the policy sees them: a limit that most have is none."""
+    if usual is None:
+        return jobs
+    return jobs._replace(limit=np.where(np.abs(jobs.limit - usual) * SECONDS < model.SAME, UNKNOWN, jobs.limit))
 
 
 def estimated(of: Model, seen: Floats) -> Floats:
@@ -30,21 +64,34 @@ def estimated(of: Model, seen: Floats) -> Floats:
 
 
 def simulate_estimating(moves: Transitions, t: Tables, node: Node, of: Model, jobs: Jobs, pending: bool) -> World:
-    """As `simulate`, the demand estimated from the last starts, and from who waits where that is known."""
-    known = np.isfinite(jobs.limit)
-    mean = float(jobs.limit[known].mean()) if known.any() else 0.0
+    """As `simulate`, demand and times estimated from the last starts and ends, demand from who waits too where that is
+    known."""
+    jobs = without_usual(jobs, told(of, jobs).usual)
     w = world(t, node, len(jobs.submit))
     profiles = len(t.profile_memory)
-    for first in range(0, len(jobs.submit), TURN):
-        # Who started lately arrived lately: nobody looks further back than the longest queue.
+
+    def rule(first: int) -> Rule:
+        # Who started or ended lately arrived lately: nobody looks further back than the longest queue.
         past = slice(max(0, first - 4096), first)
-        order = np.argsort(w.start[past])[: int(np.isfinite(w.start[past]).sum())][-REMEMBERED:]
-        seen = np.bincount(jobs.profile[past][order], minlength=profiles).astype(np.float64)
+        start = w.start[past]
+        seen = np.bincount(jobs.profile[past][latest(start)], minlength=profiles).astype(np.float64)
         if pending:
-            seen += np.bincount(jobs.profile[past][np.isnan(w.start[past])], minlength=profiles)
-        advance(t, node, learned(moves, estimated(of, seen), of, mean), jobs, w, first + TURN)
-    finish(t, node, learned(moves, estimated(of, seen), of, mean), jobs, w)
+            seen += np.bincount(jobs.profile[past][np.isnan(start)], minlength=profiles)
+        end = start + jobs.duration[past]
+        over = latest(np.where(end <= w.clock[0], end, np.nan))
+        known = seen_times(of, jobs.limit[past][over], jobs.duration[past][over])
+        return learned(moves, estimated(of, seen), of, known)
+
+    for first in range(0, len(jobs.submit), TURN):
+        advance(t, node, rule(first), jobs, w, first + TURN)
+    finish(t, node, rule(len(jobs.submit)), jobs, w)
     return w
+
+
+def latest(times: Floats) -> Floats:
+    """The places of the last `REMEMBERED` moments that are known."""
+    order = np.argsort(times)
+    return np.asarray(order[: int(np.isfinite(times).sum())][-REMEMBERED:])
 
 
 def converged(moves: Transitions, t: Tables, gpus: int, of: Model, shares: Floats, load: float, seed: int) -> Floats:

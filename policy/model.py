@@ -14,6 +14,7 @@ import struct
 import sys
 import zlib
 from array import array
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -36,6 +37,12 @@ PRIOR = 8.0
 """How many requests the shipped prior counts for in the estimate of the demand."""
 SAME = 1.0
 """Limits that differ by less (seconds) are the same one."""
+GUESSES = 3
+"""How many guesses of the remaining times a score is the mean of."""
+GOLDEN = 0.6180339887498949
+"""Spreads the quantiles of placements evenly (`policy.simulator` has the same)."""
+TELLING = 8
+"""From so few limits, or ended jobs, nothing is concluded."""
 
 Layers = Sequence[tuple[Sequence[Sequence[float]], Sequence[float]]]
 
@@ -44,10 +51,26 @@ class ModelError(Exception):
     """There is no model to decide with, and why."""
 
 
+class Times(NamedTuple):
+    """What the times of jobs say. The future's weight falls by `rate` per second (0: time limits say nothing at all);
+    `usual` is the limit that says nothing, because most have it; `ratios`, rising, are the parts of their limits that
+    the last jobs ran for."""
+
+    rate: float = 0.0
+    usual: float | None = None
+    ratios: Sequence[float] = (1.0,)
+
+    @property
+    def guesses(self) -> int:
+        """How many guesses of the remaining times are worth while."""
+        return GUESSES if self.ratios[0] < self.ratios[-1] else 1
+
+
 class Model(NamedTuple):
     """A model as read. `places` numbers the plain placements by compute slices, memory slices and start; `classes` maps
-    the set of numbers that are held, as bits, to its class. `foresight` is a rate per mean time limit, `reuse` what an
-    idle instance that can be reused is worth beside the value of GPUs."""
+    the set of numbers that are held, as bits, to its class. The net has two values for each class: at a moment, and for
+    integrating over the times that are known. `foresight` is a rate per mean duration, `reuse` what an idle instance
+    that can be reused is worth beside the value of GPUs."""
 
     name: str
     plain: tuple[str, ...]
@@ -120,7 +143,7 @@ def unpack(data: bytes, geometry: Geometry) -> Model:
         plain = [p for p in geometry.profiles if p.plain]
         prior = tuple(map(float, manifest["prior"]))
         foresight, reuse = float(manifest["foresight"]), float(manifest["reuse"])
-        whole = at == len(weights) and len(held) == len(classes) == states and max(classes) < shape[-1]
+        whole = at == len(weights) and len(held) == len(classes) == states and 2 * (max(classes) + 1) == shape[-1]
         if not whole or len(prior) != len(plain) or shape[0] != len(plain):
             raise ModelError("is damaged")
         if not all(map(isfinite, (*weights, *prior, foresight, reuse))):
@@ -177,13 +200,14 @@ def in_use(geometry: Geometry, site: str = "", shipped: str = WEIGHTS) -> tuple[
         return load(geometry, shipped), f"{error}; the shipped model stands in: "
 
 
-def values(model: Model, shares: Sequence[float]) -> list[float]:
-    """The value of each class for a demand; the empty GPU's is 0."""
+def values(model: Model, shares: Sequence[float], timed: bool = False) -> list[float]:
+    """The value of each class for a demand, at a moment or for integrating over time; the empty GPU's is 0."""
     x: Sequence[float] = shares
     for rows, biases in model.layers[:-1]:
         x = [tanh(sum(map(mul, row, x)) + bias) for row, bias in zip(rows, biases, strict=True)]
     rows, biases = model.layers[-1]
-    out = [sum(map(mul, row, x)) + bias for row, bias in zip(rows, biases, strict=True)]
+    half = slice(len(rows) // 2, None) if timed else slice(len(rows) // 2)
+    out = [sum(map(mul, row, x)) + bias for row, bias in zip(rows[half], biases[half], strict=True)]
     return [value - out[0] for value in out]
 
 
@@ -209,16 +233,27 @@ def plain_names(geometry: Geometry) -> Mapping[str, str]:
     return {p.name: of_slices[p.compute, p.memory] for p in geometry.profiles if (p.compute, p.memory) in of_slices}
 
 
-def unit(view: View) -> tuple[float, float | None]:
-    """The mean time limit, in seconds, and the one that says nothing because most jobs have it: a partition's default.
-    Times count in that unit, so that limits which are all too long by the same factor change nothing."""
+def times(model: Model, view: View) -> Times:
+    """What this node's past says of time limits. They count in mean durations, so that limits which are all too long by
+    the same factor change nothing; and for how much of theirs jobs run is learned from those that have ended."""
     known = [d.limit for d in view.recent if d.limit]
     known = known or [b.end - b.start for gpu in view.gpus for b in gpu.busy if b.end is not None and b.end > b.start]
-    if not known:
-        return 0.0, None
-    usual = sorted(known)[len(known) // 2]  # what more than half have in common is their median
-    alike = sum(abs(limit - usual) < SAME for limit in known)
-    return sum(known) / len(known), usual if len(known) >= 8 and 2 * alike > len(known) else None
+    usual = most_have(known)
+    ended = [e for e in view.ended if not said_nothing(e.limit, usual)]
+    if len(ended) >= TELLING:
+        mean = sum(e.ran for e in ended) / len(ended)
+        ratios: Sequence[float] = sorted(min(e.ran / e.limit, 1.0) for e in ended)
+    else:
+        mean, ratios = sum(known) / len(known) if known else 0.0, (1.0,)
+    return Times(model.foresight / mean if mean else 0.0, usual, ratios)
+
+
+def most_have(limits: Sequence[float]) -> float | None:
+    """The limit that most jobs have, a partition's default: it says nothing."""
+    if len(limits) < TELLING:
+        return None
+    usual = sorted(limits)[len(limits) // 2]  # what more than half have in common is their median
+    return usual if 2 * sum(abs(limit - usual) < SAME for limit in limits) > len(limits) else None
 
 
 def choose(view: View, asked: Asked, candidates: Sequence[Candidate], site: str = "", shipped: str = WEIGHTS) -> Choice:
@@ -236,53 +271,68 @@ def choose(view: View, asked: Asked, candidates: Sequence[Candidate], site: str 
         safe = planner.built_in(view, asked, candidates)
         return safe._replace(reason=f"{error}; {safe.reason}")
     shares = estimate(model, view, geometry)
-    of_class = values(model, shares)
-    mean, usual = unit(view)
-    rate = model.foresight / mean if mean else 0.0
-    scores = score(model, of_class, view, asked, candidates, rate, usual)
+    known = times(model, view)
+    of_class = values(model, shares, known.rate > 0)
+    scores = score(model, of_class, view, asked, candidates, known)
     best = min(range(len(candidates)), key=lambda i: (-scores[i], candidates[i].gpu, candidates[i].placement.start))
     chosen = candidates[best]
     mix = " ".join(f"{name} {share:.2f}" for name, share in zip(model.plain, shares, strict=True))
     return Choice(
         chosen,
         tuple(s / 2e6 for s in scores),
-        f"{fault}most value left for the demand {mix}" + (f", limits of {mean / 60:.0f} min" if rate else ""),
+        f"{fault}most value left for the demand {mix}"
+        + (f", jobs of {minutes(model, known)} min" if known.rate else ""),
         "learned",
         model.name,
         layout(model, of_class, shares, view, chosen),
     )
 
 
+def minutes(model: Model, known: Times) -> str:
+    """How long jobs run, for people: the mean, and the part of their time limits that this is."""
+    mean = sum(known.ratios) / len(known.ratios)
+    return f"{model.foresight / known.rate / 60:.0f}" + (f" ({mean:.0%} of the limits)" if known.guesses > 1 else "")
+
+
 def score(
-    model: Model,
-    of_class: Sequence[float],
-    view: View,
-    asked: Asked,
-    candidates: Sequence[Candidate],
-    rate: float,
-    usual: float | None,
+    model: Model, of_class: Sequence[float], view: View, asked: Asked, candidates: Sequence[Candidate], known: Times
 ) -> list[int]:
     """Each candidate's gain in value, over time, in half millionths: an idle instance to reuse breaks ties."""
-    end = None if asked.end is None or said_nothing(asked.end - view.now, usual) else asked.end
-    until = exp(-rate * max(end - view.now, 0.0)) if rate and end is not None else 0.0
+    guesses = range(known.guesses)
+    until = []
+    for guess in guesses:
+        left = None
+        if asked.end is not None and not said_nothing(asked.end - view.now, known.usual):
+            left = remaining(known.ratios, 0.0, asked.end - view.now, (guess + 0.5) / known.guesses)
+        until.append(exp(-known.rate * left) if known.rate and left is not None else 0.0)
     bonus = 2 * round(model.reuse * 1e6) + 1
-    paths: dict[int, list[tuple[int, float]]] = {}
+    paths: dict[int, list[list[tuple[int, float]]]] = {}
     found = []
     for candidate in candidates:
         gpu = view.gpus[candidate.gpu]
         if candidate.gpu not in paths:
-            paths[candidate.gpu] = foresee(model, gpu, view.now, rate, usual)
+            paths[candidate.gpu] = [foresee(model, gpu, view.now, known, guess) for guess in guesses]
         bit = number(model, gpu.geometry, candidate.placement)
-        since, total = 1.0, 0.0
-        for held, lasts in paths[candidate.gpu]:
-            left = max(lasts, until)
-            gain = of_class[model.classes[held | bit]] - of_class[model.classes[held]]
-            total += (since - left) * gain
-            since = left
-            if left <= until:
-                break
-        found.append(2 * round(total * 1e6) + (bonus if candidate.reuse else 0))
+        total = 0.0
+        for path, least in zip(paths[candidate.gpu], until, strict=True):
+            total += over_time(model, of_class, path, bit, least)
+        found.append(2 * round(total / len(until) * 1e6) + (bonus if candidate.reuse else 0))
     return found
+
+
+def over_time(
+    model: Model, of_class: Sequence[float], path: Sequence[tuple[int, float]], bit: int, until: float
+) -> float:
+    """What an instance adds to the value of a GPU that empties like this, over the time that it stays itself."""
+    classes = model.classes
+    since, total = 1.0, 0.0
+    for held, lasts in path:
+        left = max(lasts, until)
+        total += (since - left) * (of_class[classes[held | bit]] - of_class[classes[held]])
+        since = left
+        if left <= until:
+            break
+    return total
 
 
 def said_nothing(limit: float, usual: float | None) -> bool:
@@ -295,20 +345,33 @@ def number(model: Model, geometry: Geometry, placement: Placement) -> int:
     return 1 << model.places[geometry.by_name[placement.profile].compute, placement.size, placement.start]
 
 
-def foresee(
-    model: Model, gpu: planner.GpuView, now: float, rate: float, usual: float | None
-) -> list[tuple[int, float]]:
-    """How a GPU is expected to empty: what it holds, and until when, as exp(-rate * time). What has no known end, or
+def remaining(ratios: Sequence[float], age: float, limit: float, quantile: float) -> float | None:
+    """How much longer a job of that age and time limit is guessed to run: what a quantile of the jobs that came so far
+    into their limits did. Beyond all of them it is the limit that counts; None where that is past."""
+    first = bisect_right(ratios, age, key=lambda ratio: ratio * limit)
+    many = len(ratios) - first
+    if many == 0:
+        return limit - age if age < limit else None
+    return ratios[first + int(quantile * many)] * limit - age
+
+
+def foresee(model: Model, gpu: planner.GpuView, now: float, known: Times, guess: int) -> list[tuple[int, float]]:
+    """How a GPU is guessed to empty: what it holds, and until when, as exp(-rate * time). What has no known end, or
     should be over already, stays."""
     held = sum(number(model, gpu.geometry, p) for p in gpu.taken)
-    leaving = sorted(
-        (b.end, number(model, gpu.geometry, b.placement))
-        for b in gpu.busy
-        if rate and b.end is not None and b.end > now and not said_nothing(b.end - b.start, usual)
-    )
+    leaving = []
+    if known.rate:
+        for busy in gpu.busy:
+            if busy.end is None or said_nothing(busy.end - busy.start, known.usual):
+                continue
+            bit = number(model, gpu.geometry, busy.placement)
+            quantile = ((guess + 0.5) / known.guesses + (bit.bit_length() - 1) * GOLDEN) % 1.0
+            left = remaining(known.ratios, now - busy.start, busy.end - busy.start, quantile)
+            if left is not None:
+                leaving.append((left, bit))
     path = []
-    for end, bit in leaving:
-        path.append((held, exp(-rate * (end - now))))
+    for left, bit in sorted(leaving):
+        path.append((held, exp(-known.rate * left)))
         held -= bit
     return [*path, (held, 0.0)]
 

@@ -251,8 +251,8 @@ def describe(told: Mapping[str, Any]) -> str:
     stood, seen = told["decisions"], f"{told['requests_seen']} requests seen"
     if told["requests_waiting"] is not None:
         seen += f", {told['requests_waiting']} waiting"
-    if told["mean_limit_seconds"]:
-        seen += f", limits of {told['mean_limit_seconds'] / 60:.0f} min in the mean"
+    if told["jobs_minutes"]:
+        seen += f", jobs of {told['jobs_minutes']} min in the mean"
     lines = [
         f"{told['name']}: model {told['model']}, {'in use' if told['in_use'] else 'not in use'}",
         f"board of {told['manifest']['board'][0][0]} memory slices, net {told['manifest']['shape']}",

@@ -23,8 +23,14 @@ Array = npt.NDArray[Any]
 LEAST = -(2**62)
 """Below every score."""
 
+GOLDEN = 0.6180339887498949
+"""Spreads the quantiles of placements evenly (`policy.model` has the same)."""
+
 NONE = np.zeros(0, dtype=np.int64)
 """No further profiles."""
+
+EXACT = np.ones(1)
+"""The ratios where time limits are taken at their word."""
 
 FIT, GPU_SUMS, NODE_SUMS = 0, 1, 2
 """What Slurm knows when it starts a job: whether it fits; or how many slices are free, on each GPU or on all."""
@@ -57,13 +63,16 @@ class Rule(NamedTuple):
     `score[s, k]` is the score of placement k on a GPU in state s, `best[s, p]` the best placement of a profile there.
     `bonus` is added where an idle instance is reused. `lowest` takes the first GPU with room, whatever the others
     score; `random` scores at random. `capability` weighs what profiles the node can still place afterwards, before
-    `score`. With `rate` above 0 the score is that of `value` over the known remaining times (`over_time`).
+    `score`. With `rate` above 0 the score is that of `value` over the remaining times (`over_time`), the mean over
+    `draws` guesses of them: `ratios`, rising, are the parts of their time limits that jobs run for (`remaining`).
     """
 
     score: Array
     best: Array
     value: Array
     rate: float
+    ratios: Array
+    draws: int
     capability: Array
     bonus: int
     lowest: bool
@@ -95,14 +104,15 @@ class Node(NamedTuple):
 class World(NamedTuple):
     """A node at one moment, and what became of each job so far.
 
-    By GPU: `state` (what is busy), `idle` (existing instances that nobody has, as bits) and `ends` (when jobs are
-    expected to end, by placement). `room[p]` counts the GPUs that can take profile p. By job: `start` (nan as long as
-    it has none), `gpu` and `placement` (-1), how many instances were `created` and `destroyed` for it, and how often it
-    was `misplaced`; a job of several instances has that many rows, as in `Jobs`.
+    By GPU: `state` (what is busy), `idle` (existing instances that nobody has, as bits), and by placement `began` (when
+    the job was started) and `ends` (when its time limit is over). `room[p]` counts the GPUs that can take profile p.
+    By job: `start` (nan as long as it has none), `gpu` and `placement` (-1), how many instances were `created` and
+    `destroyed` for it, and how often it was `misplaced`; a job of several instances has that many rows, as in `Jobs`.
     """
 
     state: Array
     idle: Array
+    began: Array
     ends: Array
     room: Array
     times: Array
@@ -114,6 +124,9 @@ class World(NamedTuple):
     placed: Array
     path: Array
     weight: Array
+    leaver: Array
+    left: Array
+    gains: Array
     tally: Array
     clock: Array
     start: Array
@@ -159,6 +172,8 @@ def rule(
     *,
     value: Floats | None = None,
     rate: float = 0.0,
+    ratios: Floats = EXACT,
+    draws: int = 1,
     capability: Floats | None = None,
     reuse: float = 0.0,
     lowest: bool = False,
@@ -174,6 +189,8 @@ def rule(
         best.astype(np.int32),
         np.zeros(len(t.after)) if value is None else value,
         rate,
+        ratios,
+        draws,
         np.zeros(len(t.first) - 1, dtype=np.int64)
         if capability is None
         else np.round(capability * 1e6).astype(np.int64),
@@ -183,10 +200,12 @@ def rule(
     )
 
 
-def by_value(t: Tables, value: Floats, rate: float = 0.0, reuse: float = 0.0) -> Rule:
+def by_value(
+    t: Tables, value: Floats, rate: float = 0.0, reuse: float = 0.0, ratios: Floats = EXACT, draws: int = 1
+) -> Rule:
     """The rule that wants the highest sum of `value[state]` over the GPUs after the decision."""
     gain = np.where(t.after >= 0, value[t.after], 0.0) - value[:, None]
-    return rule(t, gain, value=value, rate=rate, reuse=reuse)
+    return rule(t, gain, value=value, rate=rate, ratios=ratios, draws=draws, reuse=reuse)
 
 
 def world(t: Tables, node: Node, count: int, seed: int = 0) -> World:
@@ -200,6 +219,7 @@ def world(t: Tables, node: Node, count: int, seed: int = 0) -> World:
     return World(
         state=np.zeros(node.gpus, dtype=np.int32),
         idle=np.zeros(node.gpus, dtype=np.int64),
+        began=np.zeros((node.gpus, placements)),
         ends=np.full((node.gpus, placements), np.inf),
         room=np.full(len(t.first) - 1, node.gpus, dtype=np.int64),
         times=np.empty(events),
@@ -211,6 +231,9 @@ def world(t: Tables, node: Node, count: int, seed: int = 0) -> World:
         placed=np.zeros(node.gpus * t.slots + 1, dtype=np.int8),
         path=np.zeros(t.slots + 1, dtype=np.int32),
         weight=np.zeros(t.slots + 1),
+        leaver=np.zeros(t.slots, dtype=np.int64),
+        left=np.zeros(t.slots),
+        gains=np.zeros(placements),
         tally=counters,
         clock=np.array([0.0, -np.inf, 0.0, 0.0]),
         start=np.full(count, np.nan),
@@ -299,23 +322,46 @@ def become(t: Tables, w: World, g: int, new: int) -> None:
         w.tally[NONEMPTY] -= 1
 
 
+@inlined()
+def remaining(r: Rule, age: float, limit: float, quantile: float) -> float:
+    """How much longer a job of that age and time limit is guessed to run: what a quantile of the jobs that came so far
+    into their limits did. Beyond all of them it is the limit that counts; inf where that is unknown or past."""
+    if limit == np.inf:
+        return np.inf
+    first, last = 0, len(r.ratios)
+    while first < last:  # how many of them had ended by then
+        middle = (first + last) >> 1
+        if r.ratios[middle] * limit <= age:
+            first = middle + 1
+        else:
+            last = middle
+    many = len(r.ratios) - first
+    if many == 0:
+        return limit - age if age < limit else np.inf
+    return float(r.ratios[first + int(quantile * many)] * limit - age)
+
+
 @compiled()
-def foresee(t: Tables, r: Rule, w: World, g: int, now: float) -> int:
-    """Write down how a GPU is expected to empty: its states in w.path, and until when each lasts in w.weight, as
+def foresee(t: Tables, r: Rule, w: World, g: int, now: float, guess: int) -> int:
+    """Write down how a GPU is guessed to empty: its states in w.path, and until when each lasts in w.weight, as
     exp(-rate * time). Returns how many there are. An instance whose end is unknown or past is taken to stay."""
-    state, count = w.state[g], 0
-    while True:
-        w.path[count] = state
-        following, leaver = np.inf, -1
-        for k in range(len(t.overlaps)):
-            if t.before[state, k] >= 0 and now < w.ends[g, k] < following:
-                following, leaver = w.ends[g, k], k
-        w.weight[count] = np.exp(-r.rate * (following - now)) if leaver >= 0 else 0.0
-        count += 1
-        if leaver < 0:
-            return count
-        # The next search must not see it again: it is no longer in the state.
-        state = t.before[state, leaver]
+    state, known = w.state[g], 0
+    for k in range(len(t.overlaps)):
+        if t.before[state, k] >= 0:
+            quantile = ((guess + 0.5) / r.draws + k * GOLDEN) % 1.0
+            left = remaining(r, now - w.began[g, k], w.ends[g, k] - w.began[g, k], quantile)
+            if left < np.inf:
+                i = known
+                while i > 0 and w.left[i - 1] > left:
+                    w.left[i], w.leaver[i] = w.left[i - 1], w.leaver[i - 1]
+                    i -= 1
+                w.left[i], w.leaver[i] = left, k
+                known += 1
+    for i in range(known):
+        w.path[i], w.weight[i] = state, np.exp(-r.rate * w.left[i])
+        state = t.before[state, w.leaver[i]]
+    w.path[known], w.weight[known] = state, 0.0
+    return known + 1
 
 
 @compiled()
@@ -393,7 +439,6 @@ def decide(t: Tables, node: Node, r: Rule, w: World, profile: int, end: float, n
     best, chosen = LEAST, -1
     timed = r.rate > 0.0
     plain = not (timed or r.random or node.lazy or r.capability[0] != 0 or len(rest))
-    until = np.exp(-r.rate * max(end - now, 0.0)) if timed else 0.0
     over = end > w.clock[DRAINED] or end == np.inf
     kept = w.tally[RESERVED] if over and t.profile_memory[profile] < t.slots else -1
     for empties in (False, True):
@@ -408,7 +453,14 @@ def decide(t: Tables, node: Node, r: Rule, w: World, profile: int, end: float, n
                 if r.score[state, k] > best:
                     best, chosen = r.score[state, k], g * len(t.overlaps) + k
             else:
-                foreseen = foresee(t, r, w, g, now) if timed else 0
+                if timed:
+                    w.gains[:] = 0.0
+                    for guess in range(r.draws):
+                        foreseen = foresee(t, r, w, g, now, guess)
+                        until = np.exp(-r.rate * remaining(r, 0.0, end - now, (guess + 0.5) / r.draws))
+                        for k in range(t.first[profile], t.first[profile + 1]):
+                            if t.after[state, k] >= 0:
+                                w.gains[k] += over_time(t, r, w, foreseen, k, until)
                 for k in range(t.first[profile], t.first[profile + 1]):
                     new = t.after[state, k]
                     if new < 0:
@@ -416,7 +468,7 @@ def decide(t: Tables, node: Node, r: Rule, w: World, profile: int, end: float, n
                     if r.random:
                         score = draw(w)
                     elif timed:
-                        score = 2 * int(np.rint(over_time(t, r, w, foreseen, k, until) * 1e6))
+                        score = 2 * int(np.rint(w.gains[k] / r.draws * 1e6))
                     else:
                         score = r.score[state, k]
                         if r.capability[0] != 0:
@@ -455,7 +507,7 @@ def settle(t: Tables, node: Node, w: World, j: int, where: int, end: float) -> f
         w.destroyed[j] += 1
         delay += node.destroy
     w.start[j], w.gpu[j], w.placement[j] = now, g, k
-    w.ends[g, k] = end
+    w.began[g, k], w.ends[g, k] = now, end
     become(t, w, g, t.after[w.state[g], k])
     if t.memory[t.after[0, k]] == t.slots:
         w.tally[RESERVED] = -1  # the first job that waited for a whole GPU has one, be it another than the one kept

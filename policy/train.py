@@ -25,16 +25,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from policy import exact, model, seeds, transitions, workload
+from policy import evaluate, exact, model, seeds, simulator, transitions, workload
 from policy.exact import Demand
-from policy.simulator import Array
+from policy.simulator import Array, Node
 from policy.transitions import Transitions
-from policy.workload import Floats
+from policy.workload import Floats, Jobs
 
 EVENTS = 4
 """How many events each chain goes on between two looks at it."""
 SAVE_EVERY = 500
 """Steps between two checkpoints, and two points of the learning curve."""
+LOOK_EVERY = 20
+"""The same for games."""
 
 
 class Anchor(NamedTuple):
@@ -66,26 +68,39 @@ class Look(NamedTuple):
     regret: Floats
 
 
+class Game(NamedTuple):
+    """A node to play on: its GPUs, and the shares, load and time limits of its jobs."""
+
+    gpus: int
+    shares: Floats
+    load: float
+    limit: str
+
+
 class Net(torch.nn.Module):
-    """The value of every class of states, from the shares of the profiles."""
+    """Two values of every class of states, from the shares of the profiles: at a moment, and (`timed`) for integrating
+    over the times that are known. They differ in their last layer."""
 
     def __init__(self, profiles: int, hidden: int, rank: int, classes: int) -> None:
         super().__init__()
         self.layers = torch.nn.ModuleList(
             [torch.nn.Linear(profiles, hidden), torch.nn.Linear(hidden, rank), torch.nn.Linear(rank, classes)]
         )
+        self.timed = torch.nn.Linear(rank, classes)
 
-    def forward(self, shares: torch.Tensor) -> torch.Tensor:
+    def forward(self, shares: torch.Tensor, timed: bool = False) -> torch.Tensor:
         """Shares of each profile to values; the empty state's is 0."""
         x = shares
         for layer in self.layers[:-1]:
             x = torch.tanh(layer(x))
-        values: torch.Tensor = self.layers[-1](x)
+        values: torch.Tensor = self.timed(x) if timed else self.layers[-1](x)
         return values - values[..., :1]
 
     def numbers(self) -> list[tuple[list[list[float]], list[float]]]:
-        """Weights and biases, layer by layer."""
-        return [(layer.weight.tolist(), layer.bias.tolist()) for layer in self.layers]  # type: ignore[operator]
+        """Weights and biases, layer by layer; the last layers of the two values as one."""
+        found = [(layer.weight.tolist(), layer.bias.tolist()) for layer in (*self.layers, self.timed)]
+        (rows, biases), (more, further) = found[-2:]
+        return [*found[:-2], (rows + more, biases + further)]
 
 
 def board(moves: Transitions) -> Board:
@@ -179,7 +194,13 @@ def loss_of(values: torch.Tensor, seen: Look, arrivals: Floats, temperature: flo
 
 
 def train(config: dict[str, Any], seed: int, folder: Path) -> Net:
-    """Train, going on from the checkpoint in `folder` if there is one. Writes the learning curve beside it."""
+    """Train: against exact solutions first, then by playing."""
+    return play(config, seed, imitate(config, seed, folder), folder)
+
+
+def imitate(config: dict[str, Any], seed: int, folder: Path) -> Net:
+    """Learn the value at a moment against exactly solved nodes, going on from the checkpoint in `folder` if there is
+    one. Writes the learning curve beside it."""
     torch.set_num_threads(1)
     moves = transitions.load(config["model"])
     b = board(moves)
@@ -238,6 +259,98 @@ def train(config: dict[str, Any], seed: int, folder: Path) -> Net:
             saved.with_suffix(".part").replace(saved)
             (folder / "curve.json").write_text(json.dumps(curve, indent=1) + "\n")
     return net
+
+
+def play(config: dict[str, Any], seed: int, net: Net, folder: Path) -> Net:
+    """Learn the value for integrating over time where nothing is solved: by the waits on whole nodes with a queue.
+
+    Evolution strategies on the values, from there on backwards through the net: for one mix at a time, two runs over
+    the same jobs with the values moved a little one way and the other tell which way is better. The result is the mean
+    of the last weights. Goes on from the checkpoint in `folder`.
+    """
+    moves = transitions.load(config["model"])
+    options = config["playing"]
+    net.timed.load_state_dict(net.layers[-1].state_dict())
+    optimiser = torch.optim.Adam(net.timed.parameters(), lr=options["rate"], betas=(0.9, 0.99))
+    mean = {name: value.clone() for name, value in net.timed.state_dict().items()}
+    curve: list[dict[str, float]] = []
+    saved, first, began = folder / "playing.pt", 0, time.monotonic()
+    if saved.exists():
+        state = torch.load(saved, weights_only=True)
+        net.timed.load_state_dict(state["timed"])
+        optimiser.load_state_dict(state["optimiser"])
+        mean, curve, first = state["mean"], state["curve"], state["step"]
+    before = examine(config, moves, net) if not curve else 0.0
+    for step in range(first, options["steps"]):
+        for group in optimiser.param_groups:
+            group["lr"] = options["rate"] * (1 - step / options["steps"])
+        rng = np.random.default_rng([seeds.TRAINING[seed], step])
+        game = draw(options, moves, step, rng)
+        values = net(torch.tensor(game.shares, dtype=torch.float32), timed=True)
+        centre = values.detach().numpy().astype(np.float64)
+        reach = options["noise"] * centre.std()
+        slope = np.zeros(len(centre))
+        for _ in range(options["pairs"]):
+            noise = rng.normal(size=len(centre))
+            jobs = stream(moves, game, options["jobs"], int(rng.integers(len(seeds.TRAINING))))
+            more, less = (waits(config, moves, game, jobs, centre + way * reach * noise) for way in (1, -1))
+            slope += noise * (more - less) / (more + less)
+        optimiser.zero_grad()
+        values.backward(torch.from_numpy(slope / options["pairs"] / reach).float())
+        optimiser.step()
+        for name, value in net.timed.state_dict().items():
+            mean[name].lerp_(value, 1 / min(step + 1, options["averaged"]))
+        if (step + 1) % LOOK_EVERY == 0 or step + 1 == options["steps"]:
+            now = {name: value.clone() for name, value in net.timed.state_dict().items()}
+            net.timed.load_state_dict(mean)
+            if not curve:
+                curve.append({"step": 0, "wait": before, "seconds": 0.0})
+            curve.append({"step": step + 1, "wait": examine(config, moves, net), "seconds": time.monotonic() - began})
+            net.timed.load_state_dict(now)
+            progress(f"game {step + 1}/{options['steps']}, waits {curve[-1]['wait'] / curve[0]['wait']:.3f} of before")
+            kept = {"timed": now, "optimiser": optimiser.state_dict(), "mean": mean, "curve": curve, "step": step + 1}
+            torch.save(kept, saved.with_suffix(".part"))
+            saved.with_suffix(".part").replace(saved)
+            (folder / "playing.json").write_text(json.dumps(curve, indent=1) + "\n")
+    net.timed.load_state_dict(mean)
+    return net
+
+
+def draw(options: dict[str, Any], moves: Transitions, step: int, rng: np.random.Generator) -> Game:
+    """A node to play on: in turn a named mix and a random one."""
+    names = list(workload.MIXES)
+    drawn = rng.dirichlet(np.full(len(moves.profiles), rng.choice([1.0, 3.0])))
+    shares = drawn if step % 2 else workload.mix(names[step // 2 % len(names)], moves)
+    load = float(rng.uniform(*options["loads"]))
+    return Game(int(rng.choice(options["gpus"])), shares, load, str(rng.choice(options["limits"])))
+
+
+def stream(moves: Transitions, game: Game, count: int, seed: int) -> Jobs:
+    """Jobs for a game."""
+    return workload.stream(moves, seeds.TRAINING[seed], count, game.shares, game.load, game.gpus, limit=game.limit)
+
+
+def waits(config: dict[str, Any], moves: Transitions, game: Game, jobs: Jobs, value: Floats) -> float:
+    """The mean wait under these values of the classes; how much too long limits are is known."""
+    ratios = np.sort((jobs.duration / jobs.limit)[: evaluate.REMEMBERED])
+    t = simulator.tables(config["model"])
+    guesses = model.GUESSES if ratios[0] < ratios[-1] else 1
+    foresight = config["rule"]["foresight"]
+    rule = simulator.by_value(t, value[np.array(moves.classes)], foresight, ratios=ratios, draws=guesses)
+    w = simulator.simulate(t, Node(game.gpus, depth=300), rule, jobs)
+    return float((w.start - jobs.submit)[len(w.start) // 20 :].mean())
+
+
+def examine(config: dict[str, Any], moves: Transitions, net: Net) -> float:
+    """The mean wait over the named mixes at 8 GPUs, load 0.8; the same jobs each time."""
+    found = []
+    for i, name in enumerate(workload.MIXES):
+        game = Game(8, workload.mix(name, moves), 0.8, config["playing"]["limits"][0])
+        with torch.no_grad():
+            value = net(torch.tensor(game.shares, dtype=torch.float32), timed=True).numpy().astype(np.float64)
+        for seed in range(4):
+            found.append(waits(config, moves, game, stream(moves, game, 40_000, 10 * i + seed), value))
+    return float(np.mean(found))
 
 
 def progress(text: str) -> None:

@@ -378,6 +378,7 @@ def policy_show(options: argparse.Namespace) -> int:
     except model.ModelError as error:
         raise RequestError(f"{name} {error}; rms policy list has the others") from None
     view = _seen(settings, shelf.geometry, time.time())
+    times = model.times(found, view)
     stood = audits.stand_ins(settings.audit_log)
     told = {
         "schema": 1,
@@ -390,7 +391,7 @@ def policy_show(options: argparse.Namespace) -> int:
         "requests_seen": len(view.recent),
         "requests_waiting": None if view.pending is None else len(view.pending),
         "demand": dict(zip(found.plain, model.estimate(found, view, shelf.geometry), strict=True)),
-        "mean_limit_seconds": model.unit(view)[0] or None,
+        "jobs_minutes": model.minutes(found, times) if times.rate else None,
         "decisions": stood._asdict(),
     }
     print(json.dumps(told, indent=2) if options.json else shelves.describe(told))

@@ -10,18 +10,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from rms.device import DeviceInstance
 from rms.errors import RequestError
 from rms.geometry import Geometry, Placement
-from rms.planner import Busy, Decision, Demand, GpuView, View
-from rms.request import parse
+from rms.planner import Busy, Decision, Demand, Ended, GpuView, View
+from rms.request import Request, parse
 
 SCHEMA = 2
-RECENT = 64
-"""Requests that the state remembers, for the policy's estimate of demand."""
+RECENT = 256
+"""How many requests, and how many ended jobs, the state remembers for the policy's estimate of demand."""
 CLOSED = 1000
 """Released runs that are remembered, newest first, so that a late Prolog of one gets nothing."""
 
@@ -147,7 +148,8 @@ class Intent:
 class State:
     """All of it. `managed` is the config's list of GPUs when they were last read; `counter` gives generations and
     intents their numbers; `closed` maps a job to the last restart that was released and when; `recent` holds submit
-    time, request and limit (minutes) of the last requests."""
+    time, request and limit (minutes) of the last requests, `ended` for how many seconds the last jobs with a limit
+    (minutes) held their instances."""
 
     boot_id: str = ""
     managed: list[str | int] = field(default_factory=list)
@@ -158,6 +160,7 @@ class State:
     intents: list[Intent] = field(default_factory=list)
     closed: dict[int, tuple[int, float]] = field(default_factory=dict)
     recent: list[tuple[float, str, int | None]] = field(default_factory=list)
+    ended: list[tuple[float, int]] = field(default_factory=list)
 
     def number(self) -> int:
         """The next generation or intent number."""
@@ -227,6 +230,7 @@ def from_json(data: dict[str, Any]) -> State:
         intents=[Intent(**{**i, "run": Run(*i["run"]), "owner": Owner(*i["owner"])}) for i in data["intents"]],
         closed={int(job): (restart, when) for job, (restart, when) in data["closed"].items()},
         recent=[(when, request, limit) for when, request, limit in data["recent"]],
+        ended=[(float(ran), int(limit)) for ran, limit in data.get("ended", [])],
     )
 
 
@@ -259,15 +263,19 @@ def view(state: State, now: float) -> View:
             else:
                 blocked.append(instance.placement)
         gpus.append(GpuView(gpu.uuid, geometry, tuple(busy), tuple(idle), tuple(blocked)))
-    return View(tuple(gpus), tuple(_recent(state)), None, now)
+    ended = tuple(Ended(ran, limit * 60.0) for ran, limit in state.ended)
+    return View(tuple(gpus), tuple(_recent(state)), None, now, ended)
 
 
 def _recent(state: State) -> Iterable[Demand]:
-    for when, request, limit in state.recent:
-        try:
-            yield Demand(when, parse(request, next(iter(state.geometries.values()))), limit * 60 if limit else None)
-        except RequestError:  # of another model, before the node's GPUs were changed
-            continue
+    known: dict[str, Request | None] = {}
+    for when, text, limit in state.recent:
+        if text not in known:
+            known[text] = None
+            with suppress(RequestError):  # of another model, before the node's GPUs were changed
+                known[text] = parse(text, next(iter(state.geometries.values())))
+        if request := known[text]:
+            yield Demand(when, request, limit * 60 if limit else None)
 
 
 def reserve(state: State, decisions: Sequence[Decision], allocation: Allocation, owner: Owner) -> Intent:
@@ -381,6 +389,8 @@ def conclude(
         allocation.granted = True
     elif allocation:
         state.allocations.remove(allocation)
+        if allocation.granted and allocation.limit and now > allocation.started:
+            state.ended = [*state.ended, (round(now - allocation.started, 1), allocation.limit)][-RECENT:]
     state.intents.remove(intent)
 
 

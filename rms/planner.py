@@ -55,13 +55,22 @@ class Demand(NamedTuple):
     limit: float | None
 
 
+class Ended(NamedTuple):
+    """A job that is over: for how long it ran, and its time limit, both in seconds."""
+
+    ran: float
+    limit: float
+
+
 class View(NamedTuple):
-    """All that a policy may use. `pending` is None where the queue is not known."""
+    """All that a policy may use. `pending` is None where the queue is not known; `ended` are the last jobs that had a
+    time limit and are over."""
 
     gpus: tuple[GpuView, ...]
     recent: tuple[Demand, ...]
     pending: tuple[Demand, ...] | None
     now: float
+    ended: tuple[Ended, ...] = ()
 
 
 class Kept(NamedTuple):

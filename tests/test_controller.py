@@ -315,7 +315,19 @@ def test_what_the_allocation_remembers(node: Node) -> None:
     assert view.recent[0].limit == 900
 
 
-def test_recent_requests_are_limited(node: Node) -> None:
+def test_ended_jobs_tell_how_much_of_their_limits_they_used(node: Node) -> None:
+    for job, limit in ((1, 15), (2, None)):
+        node.controller().acquire(run(job), 0, "3g", limit=limit)
+    for job in (1, 2, 3):  # the third never had anything
+        node.release(job)
+    ((ran, limit),) = node.state().ended
+    assert 0 <= ran < 60 and limit == 15
+    (ended,) = inventory.view(node.state(), 0.0).ended
+    assert ended == (ran, 900.0)
+
+
+def test_recent_requests_are_limited(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inventory, "RECENT", 8)
     for job in range(inventory.RECENT + 5):
         node.controller().acquire(run(job), 0, "1g", submit=job)
         node.release(job)

@@ -18,7 +18,7 @@ from policy.model import Model
 from policy.simulator import Node, simulate
 from rms import geometry, inventory, planner
 from rms.geometry import Geometry, Placement
-from rms.planner import Asked, Busy, Choice, Demand, GpuView, View
+from rms.planner import Asked, Busy, Choice, Demand, Ended, GpuView, View
 from rms.request import Request
 
 A100 = transitions.load("A100-80GB")
@@ -32,17 +32,20 @@ SEED = seeds.CHECKS[77]
 def net(of: Model) -> train.Net:
     """The torch model of a file's weights, in double precision as Python's numbers are."""
     shape = of.manifest["shape"]
-    made = train.Net(shape[0], shape[1], shape[2], shape[3]).double()
-    for layer, (rows, biases) in zip(made.layers, of.layers, strict=True):
+    made = train.Net(shape[0], shape[1], shape[2], shape[3] // 2).double()
+    *first, (rows, biases) = of.layers
+    half = shape[3] // 2
+    halves = ((rows[:half], biases[:half]), (rows[half:], biases[half:]))
+    for layer, (rows, biases) in zip((*made.layers, made.timed), (*first, *halves), strict=True):
         layer.weight.data = torch.tensor([list(row) for row in rows], dtype=torch.float64)
         layer.bias.data = torch.tensor(list(biases), dtype=torch.float64)
     return made
 
 
-def torch_value(shares: np.ndarray) -> np.ndarray:
+def torch_value(shares: np.ndarray, timed: bool = False) -> np.ndarray:
     """The value of each state, by torch."""
     with torch.no_grad():
-        value = net(SHIPPED)(torch.tensor(shares, dtype=torch.float64)).numpy()
+        value = net(SHIPPED)(torch.tensor(shares, dtype=torch.float64), timed).numpy()
     return np.asarray(value[np.array(A100.classes)])
 
 
@@ -58,15 +61,20 @@ def demands(count: int) -> list[np.ndarray]:
     return [rng.dirichlet(np.ones(6)) for _ in range(count)]
 
 
-def view(states: list[int], ends: dict[tuple[int, int], float | None], recent: tuple[Demand, ...]) -> View:
+def view(
+    states: list[int],
+    ends: dict[tuple[int, int], float | None],
+    recent: tuple[Demand, ...],
+    ended: tuple[Ended, ...] = (),
+    began: dict[tuple[int, int], float] | None = None,
+) -> View:
     """A node whose GPUs hold these states; a placement without an entry in `ends` has no known end."""
-    gpus = [
-        GpuView(
-            str(g), BOARD, tuple(Busy(p, NOW - 60, ends.get((g, A100.placements.index(p)))) for p in A100.states[s])
-        )
-        for g, s in enumerate(states)
-    ]
-    return View(tuple(gpus), recent, None, NOW)
+    gpus = []
+    for g, s in enumerate(states):
+        places = [(p, (g, A100.placements.index(p))) for p in A100.states[s]]
+        busy = tuple(Busy(p, (began or {}).get(k, NOW - 60), ends.get(k)) for p, k in places)
+        gpus.append(GpuView(str(g), BOARD, busy))
+    return View(tuple(gpus), recent, None, NOW, ended)
 
 
 def decided(view: View, profile: str, end: float | None) -> Choice | None:
@@ -89,14 +97,16 @@ def test_every_state_and_profile_of_one_gpu() -> None:
             for p, name in enumerate(A100.profiles):
                 offered = planner.candidates(seen, name)
                 if offered:
-                    scores = model.score(SHIPPED, of_class, seen, Asked(name, None), offered, 0.0, None)
+                    scores = model.score(SHIPPED, of_class, seen, Asked(name, None), offered, evaluate.BLIND)
                     first = offered[max(range(len(offered)), key=lambda i: scores[i])]  # the first of the highest
                     assert A100.placements.index(first.placement) == best[s, p]
 
 
 def test_random_pools_with_random_remaining_times() -> None:
+    """Half of them on nodes whose jobs have ended before their limits."""
     chance = random.Random(SEED)
-    rules = [(seen_as(s)[0], torch_value(seen_as(s)[1])) for s in demands(50)]
+    rules = [(seen_as(s)[0], torch_value(seen_as(s)[1], timed=True)) for s in demands(50)]
+    early = tuple(Ended(2000.0, 2000.0 / part) for part in sorted(chance.uniform(0.2, 1.0) for _ in range(100)))
     no_jobs = np.zeros(0, dtype=np.int64)
     for _ in range(10_000):
         recent, value = chance.choice(rules)
@@ -107,17 +117,22 @@ def test_random_pools_with_random_remaining_times() -> None:
         w.state[:] = states
         w.room[:] = TABLES.fits[states].sum(axis=0)
         ends: dict[tuple[int, int], float | None] = {}
+        began: dict[tuple[int, int], float] = {}
         for g, s in enumerate(states):
             for k, before in enumerate(A100.before[s]):
                 if before >= 0 and chance.random() < 0.8:
                     left = chance.choice([chance.uniform(-500, 9000), chance.expovariate(1 / 2000)])
-                    ends[g, k] = NOW + left
-                    w.ends[g, k] = NOW + left
+                    began[g, k] = w.began[g, k] = NOW - chance.uniform(0, 4000)
+                    ends[g, k] = w.ends[g, k] = NOW + left
         end = NOW + chance.expovariate(1 / 2000) if chance.random() < 0.8 else None
         profile = chance.randrange(6)
-        rule = simulator.by_value(TABLES, value, SHIPPED.foresight / 2000.0, SHIPPED.reuse)
+        ended = chance.choice([(), early])
+        known = model.times(SHIPPED, View((), recent, None, NOW, ended))
+        assert known.rate == pytest.approx(SHIPPED.foresight / 2000.0) and known.guesses == (3 if ended else 1)
+        ratios = np.array(known.ratios)
+        rule = simulator.by_value(TABLES, value, known.rate, SHIPPED.reuse, ratios, known.guesses)
         where = simulator.decide(TABLES, node, rule, w, profile, np.inf if end is None else end, NOW, no_jobs)
-        choice = decided(view(states, ends, recent), A100.profiles[profile], end)
+        choice = decided(view(states, ends, recent, ended, began), A100.profiles[profile], end)
         found = -1
         if choice is not None:
             found = choice.candidate.gpu * len(A100.placements) + A100.placements.index(choice.candidate.placement)
@@ -257,8 +272,9 @@ def test_it_is_light() -> None:
     chance = random.Random(SEED)
     states = [chance.randrange(400) for _ in range(8)]
     ends = {(g, k): NOW + chance.uniform(1, 9999) for g in range(8) for k in range(18)}
-    recent = tuple(Demand(NOW - i, Request((("2g.20gb", 1),)), 3000.0 + i) for i in range(64))
-    seen = view(states, dict(ends), recent)
+    recent = tuple(Demand(NOW - i, Request((("2g.20gb", 1),)), 3000.0 + i) for i in range(inventory.RECENT))
+    ended = tuple(Ended(chance.uniform(100, 3000), 3000.0 + i) for i in range(inventory.RECENT))
+    seen = view(states, dict(ends), recent, ended)
 
     def least(call: object) -> float:
         times = []
@@ -285,18 +301,24 @@ def test_training_learns_and_goes_on_where_it_was_cut_off(tmp_path: Path) -> Non
         "anchors": {"mixes": {"2": 6}, "loads": [0.6, 1.0]},
         "net": {"hidden": 8, "rank": 4},
         "training": {"steps": 150, "chains": 64, "batch": 6, "temperature": [0.05, 0.02], "rate": 0.01},
+        "playing": {
+            **{"steps": 20, "pairs": 2, "jobs": 1000, "gpus": [4], "loads": [0.7, 0.8], "limits": ["exact", "1to3"]},
+            **{"noise": 0.2, "rate": 0.01, "averaged": 5},
+        },
         "rule": {"foresight": 0.5, "reuse": 0.0},
     }
     moves = transitions.load("A30")
-    train.train({**config, "training": {**config["training"], "steps": 2}}, 0, tmp_path)
+    train.imitate({**config, "training": {**config["training"], "steps": 2}}, 0, tmp_path)
     made = train.train(config, 0, tmp_path)
     curve = (tmp_path / "curve.json").read_text()
     assert '"step": 2,' in curve and '"step": 150,' in curve
+    assert '"step": 20,' in (tmp_path / "playing.json").read_text()
     shares = workload.mix("uniform", moves).tolist()
     rule = config["rule"]
     assert isinstance(rule, dict)
     data = model.pack(moves, made.numbers(), shares, rule, {})
     read = model.unpack(data, moves.geometry)
-    with torch.no_grad():
-        values = made(torch.tensor(shares)).tolist()
-    assert model.values(read, shares) == pytest.approx(values, abs=1e-5)
+    for timed in (False, True):
+        with torch.no_grad():
+            values = made(torch.tensor(shares), timed).tolist()
+        assert model.values(read, shares, timed) == pytest.approx(values, abs=1e-5)
