@@ -69,6 +69,7 @@ class Controller:
         self._store = Store(config.state_dir, self._deadline, rehearsal)
         self._owner = Owner.me()
         self._session: Device | None = None
+        self._crowded: set[str] = set()  # GPUs that would not, and that a user's process has as a whole
 
     def acquire(
         self, run: Run, uid: int, spec: str, submit: int | None = None, limit: int | None = None
@@ -210,7 +211,7 @@ class Controller:
         faults = {gpu.uuid: gpu.fault for gpu in state.gpus if gpu.fault and not gpu.left}
         faults |= {uuid: texts[-1] for uuid, texts in failures.items() if len(texts) >= TRIES and uuid not in left}
         out_of_order = "; ".join(f"GPU {uuid}: {fault}" for uuid, fault in faults.items())
-        if len(faults) == len(empty):
+        if len(faults) == len(empty) and not self._crowded & faults.keys():
             raise NodeError(out_of_order)
         view = view._replace(gpus=tuple(gpu.without_room() if gpu.uuid in faults else gpu for gpu in view.gpus))
         end = now + limit * 60 if limit else None
@@ -260,6 +261,10 @@ class Controller:
             outcomes, broken = hardware.change(
                 self._device, steps, uid, self._deadline, lambda **done: self.audit.write(run=intent.run, **done)
             )
+            for gpu in broken:
+                if pids := hardware.intruders(self._device, gpu):  # no user's process may drain the node
+                    self._crowded.add(gpu)
+                    broken[gpu] += f"; process {', '.join(map(str, pids))} has the whole GPU"
             with self._store.open("acquire") as state:
                 current = next((i for i in state.intents if i.number == intent.number), None)
                 allocation = state.of_run(intent.run)

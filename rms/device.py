@@ -94,6 +94,9 @@ class Device(Protocol):
     def holders(self, gpu: str, gi: int, ci: int) -> Sequence[int]:
         """Process ids that hold the instance now, or have its capability nodes open."""
 
+    def clients(self, gpu: str) -> Sequence[int]:
+        """Process ids that have the whole GPU, not an instance: meanwhile creating and destroying are IN_USE."""
+
     def capabilities(self, gpu: str, gi: int, ci: int | None) -> Sequence[Capability]:
         """What a process needs to use the instance (rms.fence). Empty where there is nothing to fence."""
 

@@ -230,7 +230,7 @@ def _open(pid: int) -> Iterator[int]:
     libc = ctypes.CDLL(None)
     found = ctypes.create_string_buffer(256)
     with suppress(OSError):  # it ends meanwhile
-        if _roots(pid):
+        if roots(pid):
             return
         # Each thread may have a table of its own, and the first one may have ended.
         for task in os.listdir(f"/proc/{pid}/task"):
@@ -247,7 +247,7 @@ def _open(pid: int) -> Iterator[int]:
                         yield os.makedev(major, minor)
 
 
-def _roots(pid: int) -> bool:
-    """Whether all user ids of a process are root's: real, effective, saved and of the file system."""
+def roots(pid: int) -> bool:
+    """Whether all user ids of a process are root's: real, effective, saved and of the file system. Raises OSError."""
     with open(f"/proc/{pid}/status", "rb") as file:
         return next((set(line.split()[1:]) == {b"0"} for line in file if line.startswith(b"Uid:")), False)

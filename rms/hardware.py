@@ -145,6 +145,16 @@ def take(device: Device, step: Step, deadline: float) -> Outcome:
     return Outcome(step.generation, None, None, None)
 
 
+def intruders(device: Device, gpu: str) -> list[int]:
+    """The processes of users that have a whole GPU: meanwhile nothing on it can be created or destroyed."""
+    found = []
+    with suppress(DeviceError):  # it is asked for after another error
+        for pid in device.clients(gpu):
+            with suppress(OSError):  # it has ended
+                found += [] if fence.roots(pid) else [pid]
+    return found
+
+
 def _patiently(destroy: Callable[[], None], until: float) -> None:
     while True:
         try:

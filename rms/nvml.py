@@ -158,6 +158,10 @@ class NvmlDevice:
         opened = fence.holders(self.capabilities(gpu, gi, ci))
         return sorted({int(process.pid) for process in (*on_it, *beside)} | set(opened))
 
+    def clients(self, gpu: str) -> Sequence[int]:
+        with _asking("processes on the GPU"):
+            return _clients(self._opened(gpu))
+
     def capabilities(self, gpu: str, gi: int, ci: int | None) -> Sequence[Capability]:
         if self._driver is None:
             return []
@@ -190,7 +194,7 @@ class NvmlDevice:
                 mig=_mig_mode(device),
                 persistence=bool(pynvml.nvmlDeviceGetPersistenceMode(device)),
                 offers=tuple(_offers(device)),
-                processes=tuple(sorted({p.pid for p in _processes(device) if p.gpuInstanceId == _NO_INSTANCE})),
+                processes=tuple(_clients(device)),
             )
 
     def set_mig_mode(self, gpu: str, on: bool) -> None:
@@ -439,3 +443,8 @@ def _processes(device: Any) -> list[Any]:
             if error.value not in (Nvml.NOT_SUPPORTED, Nvml.INVALID_ARGUMENT, Nvml.FUNCTION_NOT_FOUND):
                 raise
     return found
+
+
+def _clients(device: Any) -> list[int]:
+    """The processes that have a whole GPU."""
+    return sorted({int(process.pid) for process in _processes(device) if process.gpuInstanceId == _NO_INSTANCE})

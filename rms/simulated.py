@@ -124,6 +124,9 @@ class SimulatedDevice:
             _instance(_gpu(state, gpu), gi, ci)
             return _holders(state, gpu, gi, ci)
 
+    def clients(self, gpu: str) -> Sequence[int]:
+        return []
+
     def capabilities(self, gpu: str, gi: int, ci: int | None) -> Sequence[Capability]:
         if not self._nodes:
             return []

@@ -365,6 +365,21 @@ def test_a_process_that_was_quicker_than_the_fence(real: Node) -> None:
         assert openers(*paths) == [BOB]
 
 
+def test_a_user_on_the_whole_gpu_drains_nothing(real: Node) -> None:
+    """Nothing can be made on it meanwhile: the node's fault if the process is root's, and nobody's otherwise."""
+    real.acquire(1, "1g")
+    with process(lambda: become(ALICE)) as alice:
+        for gpu in range(2):
+            real.machine.hold(alice, gpu)
+        with pytest.raises(NoRoomError):
+            real.acquire(2, "3g")
+        assert any(f"(in use); process {alice} has the whole GPU" in line for line in real.log), real.log
+    for gpu in range(2):
+        real.machine.hold(os.getpid(), gpu)
+    with pytest.raises(NodeError, match="in use"):
+        real.acquire(3, "3g")
+
+
 def own_table() -> None:
     """A thread that has the device open, in a table of its own."""
     become(ALICE)
