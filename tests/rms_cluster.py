@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from throwaway import Cluster
+from throwaway import SCHEDULER, Cluster
 
 from rms import geometry
 from slurm import site
@@ -81,6 +81,8 @@ nodes = "{root}/%n/nodes"
         line = site.sentinel(known, gpus).strip().replace(" Gres=", f" Gres={others},").replace("=,", "=")
         line = line.replace(" Features=", f" Features={features},").replace("=,", "=")
         options["extra_conf"] = f"{line} CPUs={options.get('cpus', 16)}\n{options.get('extra_conf', '')}"
+    if admission == "extra":
+        options["scheduler"] = f"{options.get('scheduler', SCHEDULER)},extra_constraints"
     gres = ",".join(filter(None, [site.gres(known, gpus, admission), others]))
     return RmsCluster(root, nodes=nodes, gres=gres, features=features, hooks=hooks, **options)
 
