@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NEWEST := tests/test_throwaway.py tests/test_ask.py tests/test_lua.py tests/test_slurm.py tests/test_watch.py
 SLURM_PACKAGES := slurm-wlm slurm-wlm-basic-plugins slurm-client munge
 
-.PHONY: demo test newest check bench bench-policy clean
+.PHONY: demo test newest check bench bench-policy bench-slurm clean
 
 demo: $(VENV)/installed | slurm
 	$(BIN)/python tests/demo.py
@@ -31,6 +31,9 @@ bench: $(VENV)/tools
 
 bench-policy: $(VENV)/tools
 	$(BIN)/python benchmarks/policy_targets.py --write $(QUICK)
+
+bench-slurm: $(VENV)/tools | slurm
+	$(BIN)/python benchmarks/starvation.py
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "rms: needs Python 3.11 or newer: make PYTHON=python3.11"; exit 1; }

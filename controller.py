@@ -219,7 +219,7 @@ class Controller:
         if told := demand.load(self.config.state_dir, now):
             geometry = view.gpus[0].geometry
             view = view._replace(pending=told.pending(geometry))
-            if told.keep and (kept := _kept(view, told, asked)):
+            if kept := _kept(state, view, told, asked):
                 decisions = planner.plan(planner.beside(view, kept, end), asked, end, self._choose)
         # A job that slurmctld has let in before it knew what is to be kept is not sent back for that.
         decisions = decisions or planner.plan(view, asked, end, self._choose)
@@ -488,11 +488,14 @@ def _check(run: Run) -> None:
         raise NodeError(f"cluster name {printable(run.cluster)!r} is not made of letters, digits, '.', '_' and '-'")
 
 
-def _kept(view: View, told: demand.Told, asked: Request) -> planner.Kept | None:
-    """What is kept from `asked` for another job: nothing if that asks for the same, since they come in their order."""
-    with suppress(RequestError):
-        if (wanted := parse(told.keep, view.gpus[0].geometry)) != asked:
-            return planner.first_room(view, wanted)
+def _kept(state: State, view: View, told: demand.Told, asked: Request) -> planner.Kept | None:
+    """What is kept from `asked` for another job: nothing if that asks for the same, since they come in their order, or
+    if it is here already."""
+    if told.keep and all(a.run.job != told.job for a in state.allocations):
+        with suppress(RequestError):
+            wanted = parse(told.keep, view.gpus[0].geometry)
+            if sorted(wanted.items) != sorted(asked.items):
+                return planner.first_room(view, wanted)
     return None
 
 

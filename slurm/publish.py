@@ -121,7 +121,7 @@ def offer(state: State, boot_id: str, now: float, told: Told | None = None) -> O
     releasing = {intent.run for intent in state.intents if intent.kind == "release"}
     known = [parse(a.request, geometry) for a in state.allocations if a.run not in releasing]
     others, kept = view, None
-    if told and told.keep:
+    if told and told.keep and all(a.run.job != told.job for a in state.allocations):
         with suppress(RequestError):
             kept = parse(told.keep, geometry)
             if room := planner.first_room(view, kept):
@@ -137,9 +137,14 @@ def offer(state: State, boot_id: str, now: float, told: Told | None = None) -> O
             fits = all(count <= counts[p] for p, count in request.items) and planner.fits(others, request)
         if fits:
             fitting.append(name(request))
-    jobs = 1 if kept is not None else at_once(geometry, counts)
+    if kept is not None and name(kept) in fitting and len(kept.profiles) == 1:
+        counts[kept.profiles[0]] = max(
+            counts[kept.profiles[0]], 1
+        )  # it may come, too, and to another place than its own
     return Offer(
-        tuple(fitting), len(known) + jobs, sum(weight(geometry, request) for request in known) + span(geometry)
+        tuple(fitting),
+        len(known) + at_once(geometry, counts),
+        sum(weight(geometry, request) for request in known) + span(geometry),
     )
 
 

@@ -84,7 +84,8 @@ there) [ -d "$root" ] ;;
 inside) inside ;;
 run)
     shift
-    touch "$root"
+    touch -c "$root"
+    [ -d "$root" ] || { echo "rms: there is no chroot yet: tests/newest.sh build" >&2; exit 1; }
     enter "$root" "$@"
     ;;
 *)
