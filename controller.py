@@ -362,6 +362,7 @@ class Controller:
                 if not state.boot_id:
                     raise Damaged("first start here, or the state is gone", state)
                 stale = state.boot_id != self._boot_id or state.managed != list(self.config.gpus)
+                stale = stale or (not mended and inventory.nameless(state, time.time(), everything))
                 stale = stale or any(gpu.left and not inventory.in_use(state, gpu) for gpu in state.gpus)
                 claim = None if stale or mended else inventory.claim(state, self._owner, time.time(), everything)
                 if not stale and claim is None:

@@ -19,13 +19,18 @@ import rms
 from rms import config
 from rms.device import DeviceError
 from rms.errors import NodeError, RequestError, RmsError
+from rms.request import printable
 
 if TYPE_CHECKING:
     from policy.shelf import Shelf
     from rms.geometry import Geometry
-    from rms.inventory import State
+    from rms.inventory import Run, State
     from rms.nvml import NvmlDevice
     from rms.planner import View
+
+
+SLURM_SECONDS = 10.0
+"""How long slurmctld may take to say what runs on this node."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,6 +52,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.set_defaults(verb=doctor)
     verb.add_argument("--json", action="store_true", help="everything, as one JSON object")
+    _node_options(verb)
+
+    verb = verbs.add_parser(
+        "reconcile", allow_abbrev=False, help="make the inventory agree with the GPUs and with Slurm's running jobs"
+    )
+    verb.set_defaults(verb=reconcile)
+    verb.add_argument("--dry-run", action="store_true", help="say what would be done, and change nothing")
+    verb.add_argument(
+        "--slurm-conf", metavar="PATH", default="/etc/slurm/slurm.conf", help="of the slurmctld to ask what runs here"
+    )
     _node_options(verb)
 
     verb = verbs.add_parser("mig", allow_abbrev=False, help="turn MIG mode on or off, while no job uses the GPU")
@@ -197,6 +212,38 @@ def doctor(options: argparse.Namespace) -> int:
     fenced = settings.fence
     print(json.dumps(report(found, fenced), indent=2) + "\n" if options.json else describe(found, fenced), end="")
     return NodeError.code if any(one.problems for one in found) else 0
+
+
+def reconcile(options: argparse.Namespace) -> int:
+    """Compare state, GPUs and Slurm, and mend what differs: one line for each thing that was found."""
+    import controller
+    from slurm.slurmctld import Slurmctld, SlurmError
+
+    told = []
+
+    def tell(text: str) -> None:
+        told.append(text)
+        print(printable(text, 1000), flush=True)
+
+    def over(runs: Sequence[Run]) -> Sequence[Run]:
+        try:
+            return Slurmctld(options.slurm_conf, SLURM_SECONDS).over(runs, options.node) if runs else ()
+        except SlurmError as error:  # no answer is no reason to take anything from anybody
+            tell(f"Slurm does not say what runs here, so no run is taken for over: {error}")
+            return ()
+
+    settings = _settings(options)
+    controller.Controller(settings, log=tell, rehearsal=options.dry_run).reconcile(over)
+    if not options.dry_run and settings.admission != "sums":
+        from slurm.publish import Publisher
+
+        if not Publisher(settings, options.slurm_conf, options.node, tell).soon(SLURM_SECONDS):
+            tell("what fits is not published yet; it is tried on in the background")
+    if options.dry_run:
+        print("dry run: nothing was changed")
+    elif not told:
+        print("nothing to do")
+    return 0
 
 
 def mig(options: argparse.Namespace) -> int:

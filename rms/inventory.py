@@ -12,7 +12,7 @@ import os
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from rms.device import DeviceInstance
 from rms.errors import RequestError
@@ -29,6 +29,7 @@ CLOSED = 1000
 FIRST_RETRY, LAST_RETRY = 10.0, 600.0
 """Seconds until what the hardware refused is tried again: twice as long each time, up to the last."""
 
+Answer = TypeVar("Answer")
 Status = Literal["idle", "busy", "making", "removing", "quarantined"]
 
 Trouble = Literal["", "held", "refused", "half-made", "foreign", "lost"]
@@ -464,12 +465,10 @@ def mend(state: State, gpu: Gpu, survey: Survey | str, dead: Container[int], gra
     if isinstance(survey, str):
         lines = [*_lose(state, gpu, survey, dead)]
     else:
-        returned = bool(gpu.fault) and not gpu.left
         gpu.model = survey.geometry.model
         state.geometries[gpu.model] = survey.geometry
         lines = [*_compare(state, gpu, survey, dead, now)]
-        if returned:  # while it was away the inventory may have been rebuilt without it
-            _entitle(state, grants, now)
+        _entitle(state, grants, now)  # the inventory may have been rebuilt while this GPU did not answer
     state.intents = [i for i in state.intents if i.number not in dead or state.touched(i)]
     refused = survey.refused if isinstance(survey, Survey) else {}
     if any(i.trouble in ("refused", "half-made") and i.gi not in refused for i in gpu.instances) and not gpu.fault:
@@ -576,6 +575,7 @@ def discover(
     instance, and so every allocation. A GPU that the config no longer names is forgotten, unless a job still holds an
     instance of it: then it stays until that is released, and offers no room.
     """
+    found = known_as(state, boot_id, managed, found)
     if state.boot_id != boot_id:
         for allocation in state.allocations:
             state.close(allocation.run, now)
@@ -593,6 +593,22 @@ def discover(
             fresh.append(gpu)
     state.boot_id, state.managed, state.gpus = boot_id, list(managed), fresh
     state.geometries = {gpu.model: offered[gpu.model] for gpu in fresh}
+
+
+def known_as(
+    state: State, boot_id: str, managed: Sequence[str | int], found: Mapping[str, Answer]
+) -> dict[str, Answer]:
+    """Answers of GPUs by UUID, also of one that does not tell its own and that the config names by index."""
+    known = dict(zip(state.managed, state.gpus, strict=False)) if state.boot_id == boot_id else {}
+    return {
+        known[name].uuid if gpu.isdigit() and name in known else gpu: answer
+        for name, (gpu, answer) in zip(managed, found.items(), strict=True)
+    }
+
+
+def nameless(state: State, now: float, everything: bool = False) -> bool:
+    """Whether it is time to ask again for a GPU that the config names by index and that has never told its UUID."""
+    return any(gpu.uuid.isdigit() and not gpu.doubt and (everything or _due(gpu, now)) for gpu in state.gpus)
 
 
 def in_use(state: State, gpu: Gpu) -> bool:
@@ -615,6 +631,7 @@ def recover(
     of a run without one is out of date. Of a GPU that does not answer the older state is believed. Returns lines for
     the administrator.
     """
+    surveys = known_as(state, boot_id, managed, surveys)
     found = {gpu: survey if isinstance(survey, str) else survey.geometry for gpu, survey in surveys.items()}
     discover(state, boot_id, managed, found, now)
     in_flight = {intent.run for intent in state.intents}
@@ -642,6 +659,8 @@ def _entitle(state: State, grants: Grants, now: float) -> None:
     by_uuid = {i.uuid: i for gpu in state.gpus for i in gpu.instances if i.uuid and i.generation not in owned}
     unseen = any(gpu.fault and not gpu.left for gpu in state.gpus)
     for run, uid, request, uuids in grants.values():
+        if run.restart <= state.closed.get(run.job, (-1, 0.0))[0]:
+            continue
         allocation = state.of_run(run)
         theirs = {i.uuid: i for _, i in state.held(allocation)} if allocation else {}
         theirs |= {uuid: by_uuid.pop(uuid) for uuid in uuids if uuid in by_uuid and uuid not in theirs}

@@ -59,7 +59,8 @@ class Board(NamedTuple):
 class NvmlDevice:
     """A session with the driver, over the GPUs in `managed` (UUIDs or NVML indices); no other one is opened.
 
-    A GPU that is named by UUID is opened when it is first asked for, so that one that is lost does not stop the others.
+    One that is lost does not stop the others: a GPU that is named by UUID is opened when it is first asked for, and one
+    that is named by index and does not tell its UUID goes by that number.
     `root` is where the driver's /proc and /dev are; without `fenced` its capability nodes are left alone.
     """
 
@@ -212,7 +213,12 @@ class NvmlDevice:
         with _asking(f"GPU {index}"):
             if not 0 <= index < pynvml.nvmlDeviceGetCount():
                 raise DeviceError(Nvml.NOT_FOUND, f"GPU {index}")
-            gpu = str(pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(index)))
+            try:
+                gpu = str(pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(index)))
+            except pynvml.NVMLError as error:
+                if error.value in _ABSENT:
+                    raise
+                gpu = str(index)  # whoever asks for it will be told; the others go on
         self._indices[gpu] = index
         return gpu
 

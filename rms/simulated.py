@@ -69,6 +69,8 @@ class SimulatedDevice:
         return self._managed
 
     def geometry(self, gpu: str) -> Geometry:
+        with self._state() as state:
+            _gpu(state, gpu)
         return self._geometry
 
     def instances(self, gpu: str) -> Sequence[DeviceInstance]:
@@ -157,6 +159,12 @@ class SimulatedDevice:
             state["faults"].append({"op": op, "code": code, "after": after, "times": times})
             self._save(state)
 
+    def lose(self, gpu: str, lost: bool = True) -> None:
+        """Let a GPU answer GPU_IS_LOST to everything; or (False) answer again, with what it had."""
+        with self._state() as state:
+            state["lost"] = [uuid for uuid in state.get("lost", []) if uuid != gpu] + [gpu] * lost
+            self._save(state)
+
     # How it is kept.
 
     @contextmanager
@@ -168,7 +176,14 @@ class SimulatedDevice:
             except FileNotFoundError:
                 state = {"schema": 1, "boot_id": None}
             if state["boot_id"] != self._boot_id:
-                state |= {"boot_id": self._boot_id, "gpus": self._fresh, "holders": {}, "faults": [], "last": None}
+                state |= {
+                    "boot_id": self._boot_id,
+                    "gpus": self._fresh,
+                    "holders": {},
+                    "faults": [],
+                    "lost": [],
+                    "last": None,
+                }
                 state["journal"] = self._journal_size()
                 self._save(state)
             elif state["last"] is not None and self._journal_size() < state["journal"] + len(_line(state["last"])):
@@ -240,6 +255,8 @@ def _placement(instance: dict[str, Any]) -> Placement:
 
 
 def _gpu(state: dict[str, Any], uuid: str) -> dict[str, Any]:
+    if uuid in state.get("lost", []):
+        raise DeviceError(Nvml.GPU_IS_LOST, f"GPU {uuid}")
     for gpu in state["gpus"]:
         if gpu["uuid"] == uuid:
             found: dict[str, Any] = gpu

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple
+
+from rms.inventory import Run
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/opt/slurm/bin"
 
@@ -57,6 +60,19 @@ class Slurmctld:
             if len(words) == 7 and [words[0], *words[5:]] == [str(job_id), str(restart), node] and words[2] in RUNNING:
                 return Job(job_id, words[1].partition("+")[0], words[3] != "0", words[4] == "1")
         return None
+
+    def over(self, runs: Sequence[Run], node: str) -> list[Run]:
+        """Those of some runs that are not, or no longer, on a node, to slurmctld's mind. Raises SlurmError.
+
+        A job that is completing is there until its Epilog has ended, under whatever restart count: a requeue has
+        counted on by then.
+        """
+        fields = "JobID:20,RestartCnt:10,State:20"
+        output = self._run("squeue", "--noheader", "--all", "--states=all", f"--nodelist={node}", f"--Format={fields}")
+        rows = [(int(job), int(restart), state) for job, restart, state in map(str.split, output.splitlines())]
+        there = {(job, restart) for job, restart, state in rows if state in RUNNING}
+        leaving = {job for job, _, state in rows if state == "COMPLETING"}
+        return [run for run in runs if (run.job, run.restart) not in there and run.job not in leaving]
 
     def requeue(self, job: Job, delay: int) -> None:
         """Put a running batch job back in the queue, to start `delay` seconds from now at the earliest.

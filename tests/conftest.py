@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, settings
 
 import controller as local
 from rms import config, fence, grant, hardware, planner
+from rms.device import Nvml
 from rms.geometry import Placement
 from rms.inventory import Run, State
 from rms.nvml import NvmlDevice
@@ -115,6 +116,28 @@ class Node:
     def reconcile(self, *over: int) -> None:
         """`rms reconcile` in this process; Slurm says that these jobs are over."""
         self.controller().reconcile(lambda standing: [run for run in standing if run.job in over])
+
+    def lose(self, number: int, lost: bool = True) -> None:
+        """Let a GPU fall off the bus, or come back with what it had."""
+        if self.backend == "simulated":
+            device = self.device()
+            device.lose(device.gpus()[number], lost)
+        elif lost:
+            self.machine.fail("*", Nvml.GPU_IS_LOST, gpu=number, times=-1)
+        else:
+            self.machine.mend()
+
+    def vanish(self, number: int) -> None:
+        """Take all instances of a GPU away, as a reset does."""
+        if self.backend == "nvml":
+            self.machine.vanish(number)
+            return
+        device = self.device()
+        gpu = device.gpus()[number]
+        for there in device.instances(gpu):
+            if there.ci is not None:
+                device.destroy_compute_instance(gpu, there.gi, there.ci)
+            device.destroy_gpu_instance(gpu, there.gi)
 
     def command(self, *arguments: str) -> list[str]:
         """The command line of the controller."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -380,3 +381,34 @@ def test_slurm_config_prints_what_a_site_needs(slurm: Cluster) -> None:
         "-m slurm.hook prolog",
     ):
         assert part in printed
+
+
+def test_reconcile_takes_slurm_s_word(slurm: Cluster) -> None:
+    """What has ended, or was never here, is taken back; what runs, waits in its Prolog or ends is left alone; and no
+    answer is no answer."""
+    job = slurm.sbatch("sleep 300", "--gres=mig:3g:1", user=slurm.users[0])
+    slurm.wait(lambda: f"job {job}.0: granted" in log(slurm), 60, "it runs")
+    controller = ["env", f"RMS_CONFIG={slurm.etc}/rms.toml", "SLURMD_NODENAME=n1", sys.executable, "-m", "controller"]
+    for other in ("900001", str(job - 1) if job > 1 else "900002"):  # an id that Slurm never gave, and one that is over
+        words = ["acquire", f"--job={other}", "--restart=7", "--uid=0", "--request=1g", "--cluster=test"]
+        slurm.run(*controller, *words)
+    reconcile = [*rms(slurm), "reconcile", "--slurm-conf", f"{slurm.etc}/slurm.conf"]
+    pid = int((slurm.root / "run" / "slurmctld.pid").read_text())
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        silent = slurm.run(*reconcile)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert "Slurm does not say what runs here" in silent.stdout
+    assert len(busy(slurm)) == 3
+    assert "run 900001.7 is over" in slurm.run(*reconcile, "--dry-run").stdout
+    assert len(busy(slurm)) == 3
+    began = time.monotonic()
+    told = slurm.run(*reconcile).stdout
+    assert time.monotonic() - began < 30
+    assert "run 900001.7 is over" in told and f"run {job}.0" not in told
+    assert busy(slurm) == [f"{job}.0"]
+    slurm.run("scontrol", "requeue", str(job))
+    slurm.wait(lambda: busy(slurm) == [] or slurm.job(job)["JobState"] == "PENDING", 60, "its Epilog")
+    slurm.run(*reconcile)
+    slurm.run("scancel", str(job))

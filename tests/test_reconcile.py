@@ -1,0 +1,501 @@
+"""Inventory, GPUs and Slurm made to agree: GPUs that are lost, instances that vanish or can't be destroyed, what others
+have made, runs that are over; and `rms reconcile`."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import subprocess
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from conftest import Node, open_gpus, run
+from test_crash import killed_in
+
+from rms import cli, grant, hardware, inventory
+from rms.device import Nvml
+from rms.errors import ClosedRunError, NodeError, NoRoomError
+from rms.inventory import Run
+
+BACKENDS = ["simulated", "nvml"]
+
+
+@contextmanager
+def holder(node: Node, uuid: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that holds an instance."""
+    with subprocess.Popen(["sleep", "60"]) as process:
+        node.device().hold(uuid, process.pid)
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Let the clock go on by that much."""
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + seconds)
+
+
+def rms(node: Node, capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
+    """What an rms verb prints."""
+    assert cli.main([*arguments, "--config", str(node.toml), "--node", "n1"]) == code
+    out, err = capsys.readouterr()
+    return out + err
+
+
+# A GPU that is lost.
+
+
+def test_a_lost_gpu_costs_its_own_jobs_and_no_others(node: Node, capsys: pytest.CaptureFixture[str]) -> None:
+    (one,) = node.acquire(1, "7g")
+    (two,) = node.acquire(2, "3g")
+    node.lose(one.number)
+    node.log.clear()
+    node.reconcile()
+    (line,) = [line for line in node.log if "is not offered" in line]
+    assert one.gpu in line and "lost" in line and line.endswith("lost with it: run 1.0")
+    assert any(entry["event"] == "warning" and entry["text"] == line for entry in node.audit())
+    shown = rms(node, capsys, "show")
+    assert "! not offered: " in shown
+    known = {a["job"]: a["status"] for a in json.loads(rms(node, capsys, "show", "--json"))["allocations"]}
+    assert known == {1: "lost", 2: "running"}
+    assert node.acquire(3, "3g")[0].gpu == two.gpu
+    with pytest.raises(NoRoomError, match="lost"):  # perhaps on another node
+        node.acquire(4, "7g:2")
+    node.release(1)
+    assert [a.run.job for a in node.state().allocations] == [2, 3]
+    before = len(node.log)
+    node.release(3)
+    assert not [line for line in node.log[before:] if "not offered" in line], "it is told once"
+    node.lose(one.number, lost=False)
+    node.reconcile()
+    assert any(f"GPU {one.gpu} is offered again" in line for line in node.log)
+    node.check()
+    node.check_empties()
+
+
+def test_the_node_is_at_fault_only_if_no_gpu_is_left(node: Node) -> None:
+    for number in (0, 1):
+        node.lose(number)
+        if number == 0:
+            (one,) = node.acquire(1, "3g")
+            assert one.number == 1
+    with pytest.raises(NodeError, match="lost"):
+        node.reconcile()
+    with pytest.raises(NodeError, match="lost"):
+        node.acquire(2, "1g")
+    node.release(1)
+    for number in (0, 1):
+        node.lose(number, lost=False)
+    node.reconcile()
+    node.check_empties()
+
+
+def test_a_gpu_that_is_lost_from_the_first(node: Node) -> None:
+    first, second = open_gpus(node)
+    node.lose(0)
+    assert node.acquire(1, "3g")[0].gpu == second
+    lost, other = node.state().gpus
+    assert "lost" in lost.fault and not other.fault
+    assert lost.model == other.model, "as long as nobody knows better"
+    with pytest.raises(NoRoomError):
+        node.acquire(2, "7g:2")
+    node.lose(0, lost=False)
+    node.reconcile()
+    assert {gpu.uuid for gpu in node.state().gpus} >= {second}
+    node.acquire(3, "7g")
+    node.check_empties()
+    assert [gpu.uuid for gpu in node.state().gpus] == [first, second]
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_the_state_is_rebuilt_while_a_gpu_is_lost(node: Node, both: bool) -> None:
+    """What its jobs have stays theirs, whether the older state knows of it or the grants alone do."""
+    node.acquire(1, "7g")
+    node.acquire(2, "3g")
+    held = {job: found.uuids for job, found in grant.granted(node.config.run_dir).items()}
+    (number,) = {gpu: n for n, gpu in enumerate(open_gpus(node)) if gpu == node.acquire(1, "7g")[0].gpu}.values()
+    node.lose(number)
+    for name in ["state.json", "state.json.previous"][: 1 + both]:
+        (node.root / "state" / name).write_text("damaged")
+    node.acquire(3, "1g")
+    assert {a.run.job for a in node.state().allocations} == {1, 2, 3}
+    with suppress(NodeError):
+        node.acquire(1, "7g")  # the same Prolog once more
+    assert grant.granted(node.config.run_dir)[1].uuids == held[1]
+    node.lose(number, lost=False)
+    node.reconcile()
+    assert {
+        a.run.job: tuple(i.uuid for _, i in node.state().held(a)) for a in node.state().allocations if a.run.job < 3
+    } == held
+    node.check()
+    with pytest.raises(NoRoomError):
+        node.acquire(4, "7g")
+    node.check_empties()
+
+
+def test_a_lost_gpu_is_not_asked_by_every_hook(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    node.acquire(1, "1g")
+    node.lose(1)
+    node.reconcile()
+    asked: list[str] = []
+    real = hardware.survey
+    monkeypatch.setattr(hardware, "survey", lambda device, gpu, *more: asked.append(gpu) or real(device, gpu, *more))
+    for job in (2, 3):
+        node.acquire(job, "1g")
+    assert asked == []
+    node.lose(1, lost=False)
+    with monkeypatch.context() as patch:
+        later(patch, inventory.FIRST_RETRY + 1)
+        node.acquire(4, "7g")
+    assert asked
+    node.check_empties()
+
+
+def test_a_clock_that_is_set_back_keeps_no_gpu_away(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        later(patch, 10 * inventory.LAST_RETRY)
+        node.lose(1)
+        node.acquire(1, "1g")
+        node.lose(1, lost=False)
+    assert node.acquire(2, "7g")
+    node.check_empties()
+
+
+def test_a_lost_gpu_that_the_config_names_by_index(fast_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = Node(fast_dir / "node", "nvml")
+    uuids = node.machine.uuids
+    node.lose(0)
+    assert node.acquire(1, "3g")[0].gpu == uuids[1]
+    assert [gpu.uuid for gpu in node.state().gpus] == ["0", uuids[1]]
+    node.lose(0, lost=False)
+    with monkeypatch.context() as patch:
+        later(patch, inventory.FIRST_RETRY + 1)
+        node.acquire(2, "7g")
+    assert [gpu.uuid for gpu in node.state().gpus] == uuids
+    # Now that its UUID is known, it is the same GPU also where only its index answers.
+    node.lose(0)
+    (node.root / "state" / "state.json").write_text("damaged")
+    node.acquire(3, "1g")
+    assert [gpu.uuid for gpu in node.state().gpus] == uuids
+    assert {a.run.job for a in node.state().allocations} == {1, 2, 3}
+    node.lose(0, lost=False)
+    node.reconcile()
+    node.check_empties()
+
+
+# Instances that vanish.
+
+
+def test_an_instance_that_vanished_is_lost_and_never_given_to_another_run(
+    node: Node, capsys: pytest.CaptureFixture[str]
+) -> None:
+    node.configure(gpus=[0])
+    (one,) = node.acquire(1, "3g")
+    node.vanish(0)
+    node.reconcile()
+    assert any(f"{one.placement}: the instance of run 1.0 is lost" in line for line in node.log)
+    assert f"! {one.placement} lost: it vanished" in rms(node, capsys, "show")
+    (two,) = node.acquire(2, "3g")
+    assert two.uuid != one.uuid
+    for spec in ("1g.20gb:4", "3g", "7g"):
+        with pytest.raises(NoRoomError):
+            node.acquire(3, spec)
+    node.release(1)
+    assert node.acquire(3, "3g", restart=1)[0].placement == one.placement
+    node.check_empties()
+
+
+def test_an_instance_that_somebody_made_where_a_run_has_lost_its_own(node: Node) -> None:
+    """It has the same ids and UUID on another day; as long as the run is there it is nobody's."""
+    node.configure(gpus=[0])
+    (one,) = node.acquire(1, "3g")  # @4:4
+    node.vanish(0)
+    node.reconcile()
+    device = node.device()
+    for start in (4, 5):
+        device.create_compute_instance(one.gpu, device.create_gpu_instance(one.gpu, "1g.10gb", start))
+    node.reconcile()
+    assert node.statuses() == {"0:3g.40gb@4:4": "busy", "0:1g.10gb@4:1": "quarantined", "0:1g.10gb@5:1": "quarantined"}
+    assert len(node.acquire(2, "1g:4")) == 4
+    with pytest.raises(NoRoomError):
+        node.acquire(3, "1g")
+    node.release(1)
+    node.reconcile()
+    assert node.statuses()["0:1g.10gb@4:1"] == "idle"
+    node.check()
+    node.check_empties()
+
+
+# What the hardware refuses.
+
+
+def test_a_refused_destroy_stays_quarantined_and_is_tried_again_later(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node.configure(gpus=[0])
+    monkeypatch.setattr(hardware, "DESTROY_SECONDS", 0.0)
+    node.acquire(1, "3g")
+    node.release(1)
+    node.device().fail("destroy_compute_instance", Nvml.IN_USE, times=1000)
+    with pytest.raises(NoRoomError):
+        node.acquire(2, "7g")
+    assert node.statuses() == {"0:3g.40gb@4:4": "quarantined"}
+    tried = len(node.journal())
+    with pytest.raises(NoRoomError):
+        node.acquire(2, "7g", restart=1)
+    with pytest.raises(NoRoomError):
+        node.acquire(3, "3g:2")
+    assert len(node.journal()) == tried, "not again at once"
+    assert len(node.acquire(4, "1g:3")) == 3, "its slices alone are not offered"
+    waits = []
+    for _ in range(8):
+        (gpu,) = node.state().gpus
+        waits.append(round(gpu.retry - time.time()))
+        with monkeypatch.context() as patch:
+            later(patch, gpu.retry - time.time() + 1)
+            node.acquire(5, "1g", restart=len(waits))
+            node.release(5, restart=len(waits))
+    assert waits[0] <= inventory.FIRST_RETRY and sorted(waits) == waits and waits[-1] >= inventory.LAST_RETRY - 10
+    if node.backend == "nvml":
+        node.machine.mend()
+    else:
+        node.device().fail("*", 0, times=0)
+        state = json.loads((node.root / "gpus.json").read_text()) | {"faults": []}
+        (node.root / "gpus.json").write_text(json.dumps(state))
+    node.reconcile()
+    assert any("3g.40gb@4:4: refused, now removed" in line for line in node.log)
+    node.release(4)
+    node.check_empties()
+
+
+# What RMS does not know.
+
+
+def test_what_is_whole_and_unused_is_adopted_and_nothing_else(node: Node) -> None:
+    device = node.device()
+    gpu = device.gpus()[0]
+    node.acquire(1, "1g")
+    for profile, start in (("1g.10gb", 0), ("2g.20gb", 2)):
+        device.create_compute_instance(gpu, device.create_gpu_instance(gpu, profile, start))
+    device.create_gpu_instance(gpu, "1g.10gb", 1)
+    (held,) = [i.uuid for i in device.instances(gpu) if i.placement.start == 2]
+    with holder(node, held):
+        node.reconcile()
+        statuses = {place: status for place, status in node.statuses().items() if place != "0:1g.10gb@6:1"}
+        assert statuses == {
+            "0:1g.10gb@0:1": "idle",
+            "0:1g.10gb@1:1": "quarantined",
+            "0:2g.20gb@2:2": "quarantined",
+        }
+        node.check()
+    node.reconcile()
+    assert node.statuses()["0:2g.20gb@2:2"] == "idle", "now that nobody holds it"
+    assert node.statuses()["0:1g.10gb@1:1"] == "quarantined"
+    assert not [e for e in node.journal() if e["op"].startswith("destroy")], "what is not RMS's is never destroyed"
+    device.destroy_gpu_instance(gpu, next(i.gi for i in device.instances(gpu) if i.ci is None))
+    node.reconcile()
+    node.check_empties()
+
+
+def test_what_a_dead_process_left_half_made_is_removed(fast_dir: Path) -> None:
+    node = Node(fast_dir / "node")
+    killed_in(node, lambda: node.acquire(1, "4g"), "create_compute_instance")
+    assert [i.ci for gpu in open_gpus(node) for i in node.device().instances(gpu)] == [None]
+    node.reconcile()
+    assert [i for gpu in open_gpus(node) for i in node.device().instances(gpu)] == []
+    assert any("unfinished" in line for line in node.log)
+    node.check_empties()
+
+
+# Runs that are over.
+
+
+def test_runs_that_are_over_are_released(node: Node) -> None:
+    node.acquire(1, "3g")
+    node.acquire(2, "1g")
+    (node.marker(2)).write_text("ended 0\n")  # its Epilog began, and was killed
+    node.acquire(3, "2g", restart=1)
+    node.reconcile(1)
+    assert [a.run for a in node.state().allocations] == [run(3, 1)]
+    assert any("run 1.0 is over" in line for line in node.log)
+    with pytest.raises(ClosedRunError):
+        node.acquire(1, "3g")
+    node.check_empties()
+
+
+def test_a_run_that_began_after_slurm_was_asked_is_left_alone(node: Node) -> None:
+    node.acquire(1, "3g")
+    asked = []
+
+    def over(standing: Sequence[Run]) -> Sequence[Run]:
+        asked.extend(standing)
+        node.acquire(2, "3g")  # no lock is held meanwhile
+        return [known for known in standing if known.job != 99]
+
+    node.controller().reconcile(over)
+    assert asked == [run(1)]
+    assert [a.run.job for a in node.state().allocations] == [2]
+    node.check_empties()
+
+
+def test_a_run_that_a_hook_is_at_work_on_is_left_alone(node: Node) -> None:
+    node.configure(holder_seconds=2)
+    (one,) = node.acquire(1, "3g")
+    with holder(node, one.uuid):
+        epilog = node.start("release", "--job=1", "--restart=0")
+        while not any(i.run.job == 1 for i in node.state().intents):
+            time.sleep(0.02)
+        asked: list[Run] = []
+        node.controller().reconcile(lambda standing: asked.extend(standing) or standing)
+        assert asked == []
+        assert epilog.wait(30) == 0
+    node.check_empties()
+
+
+def test_a_reboot_closes_what_was_before(node: Node) -> None:
+    node.acquire(1, "3g")
+    node.boot("second boot")
+    node.log.clear()
+    node.reconcile()
+    assert any("this node has booted" in line for line in node.log)
+    assert node.state().allocations == [] and node.statuses() == {}
+    with pytest.raises(ClosedRunError):
+        node.acquire(1, "3g")
+    node.check_empties()
+
+
+# The verb.
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no slurmctld here to be waited for."""
+    monkeypatch.setattr(cli, "SLURM_SECONDS", 0.5)
+
+
+def world(node: Node) -> dict[str, bytes]:
+    """Every file of a node but the locks, which say who held them last, and the list of GPUs that were opened."""
+    files = (path for path in node.root.rglob("*") if path.is_file() and path.suffix not in (".lock", ".opened"))
+    return {str(path): path.read_bytes() for path in files}
+
+
+def test_the_verb_says_what_it_finds_and_a_dry_run_changes_nothing(
+    node: Node, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nowhere = ["--slurm-conf", str(node.root / "no-slurm.conf")]
+    assert "first start here" in rms(node, capsys, "reconcile", *nowhere)
+    assert rms(node, capsys, "reconcile", *nowhere) == "nothing to do\n"
+    (one,) = node.acquire(1, "3g")
+    node.acquire(2, "1g")
+    (node.marker(2)).write_text("ended 0\n")
+    device = node.device()
+    other = next(gpu for gpu in device.gpus() if gpu != one.gpu)
+    device.create_compute_instance(other, device.create_gpu_instance(other, "2g.20gb", 0))
+    gi = next(i.gi for i in device.instances(one.gpu) if i.uuid == one.uuid)
+    device.destroy_compute_instance(one.gpu, gi, 0)
+    device.destroy_gpu_instance(one.gpu, gi)
+    before = world(node)
+    dry = rms(node, capsys, "reconcile", "--dry-run", *nowhere)
+    assert world(node) == before
+    lines = dry.splitlines()
+    assert lines[-1] == "dry run: nothing was changed"
+    for wanted in (
+        f"GPU {one.gpu} {one.placement}: the instance of run 1.0 is lost",
+        f"GPU {other} 2g.20gb@0:2: not known to RMS; idle",
+        "run 2.0 is over",
+        "Slurm does not say what runs here, so no run is taken for over: squeue",
+    ):
+        assert len([line for line in lines if line.startswith(wanted)]) == 1, (wanted, dry)
+    assert rms(node, capsys, "reconcile", *nowhere).splitlines() == lines[:-1]
+    assert [a.run.job for a in node.state().allocations] == [1]
+    node.release(1)
+    node.reconcile()
+    node.check_empties()
+
+
+def test_a_dry_run_after_a_reboot_and_of_a_damaged_state(node: Node, capsys: pytest.CaptureFixture[str]) -> None:
+    nowhere = ["--slurm-conf", str(node.root / "no-slurm.conf")]
+    node.acquire(1, "3g")
+    (node.root / "state" / "state.json").write_text("damaged")
+    before = world(node)
+    assert "state.json is damaged" in rms(node, capsys, "reconcile", "--dry-run", *nowhere)
+    assert world(node) == before
+    node.reconcile()
+    node.boot("second boot")
+    open_gpus(node)
+    node.device().instances(open_gpus(node)[0])  # simulated GPUs notice the boot when they are asked
+    before = world(node)
+    assert "this node has booted" in rms(node, capsys, "reconcile", "--dry-run", *nowhere)
+    assert world(node) == before
+    assert "this node has booted" in rms(node, capsys, "reconcile", *nowhere)
+    node.check_empties()
+
+
+def test_the_verb_s_exit_codes(node: Node, capsys: pytest.CaptureFixture[str]) -> None:
+    node.acquire(1, "3g")
+    for number in (0, 1):
+        node.lose(number)
+    assert "gpu is lost" in rms(node, capsys, "reconcile", code=NodeError.code)
+    for number in (0, 1):
+        node.lose(number, lost=False)
+    node.configure(deadline_seconds=0)
+    with open(node.root / "state" / "state.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "state.lock is held by" in rms(node, capsys, "reconcile", code=7)
+
+
+# States of an older RMS.
+
+
+def test_a_state_of_schema_1_is_understood(node: Node) -> None:
+    (one,) = node.acquire(1, "3g")
+    node.acquire(2, "1g")
+    node.release(2)
+    path = node.root / "state" / "state.json"
+    old = json.loads(path.read_text())["state"]
+    old["schema"] = 1
+    device = node.device()
+    gpu = device.gpus()[1]
+    foreign = device.create_gpu_instance(gpu, "1g.10gb", 0)
+    ours = device.create_gpu_instance(gpu, "1g.10gb", 1)
+    for number, known in enumerate(old["gpus"]):
+        for field in ("left", "tries", "retry"):
+            del known[field]
+        for instance in known["instances"]:
+            del instance["trouble"]
+        if number == 1:
+            for gi, start, note in ((foreign, 0, "half-made, and not by RMS"), (ours, 1, "half-made")):
+                place = {"placement": ["1g.10gb", start, 1], "gi": gi, "ci": None, "uuid": None, "note": note}
+                place |= {"generation": 900 + gi, "status": "quarantined", "intent": None, "used": 1.0}
+                known["instances"].append(place)
+    body = json.dumps(old)
+    path.write_text(f'{{"crc32":{zlib.crc32(body.encode())},"state":{body}}}\n')
+    troubles = {str(i.placement): i.trouble for i in node.state().gpus[1].instances if i.trouble}
+    assert troubles == {"1g.10gb@0:1": "foreign", "1g.10gb@1:1": "half-made"}
+    node.acquire(3, "1g")
+    assert json.loads(path.read_text())["state"]["schema"] == inventory.SCHEMA
+    assert [i.gi for i in device.instances(gpu) if i.ci is None] == [foreign], "ours is removed, theirs is not"
+    assert node.acquire(1, "3g") == [one]
+    device.destroy_gpu_instance(gpu, foreign)
+    node.reconcile()
+    node.check_empties()
+
+
+def test_a_gpu_of_schema_1_that_left_the_configuration(node: Node) -> None:
+    text = {
+        "uuid": "GPU-1",
+        "model": "A100-80GB",
+        "instances": [],
+        "doubt": "",
+        "fault": "no longer in the configuration",
+    }
+    data = {"schema": 1, "boot_id": "b", "managed": [], "counter": 1, "gpus": [text], "geometries": {}, "closed": {}}
+    state = inventory.from_json(data | {"allocations": [], "intents": [], "recent": []})
+    assert state.gpus[0].left
+    assert json.loads(inventory.to_json(state))["schema"] == inventory.SCHEMA
