@@ -104,6 +104,7 @@ def make(device: Device, step: Step) -> Outcome:
     gi = device.create_gpu_instance(step.gpu, step.placement.profile, step.placement.start)
     ci = None
     try:
+        admit(device, step.gpu, gi, None, None)  # at once: until then nvidia-modprobe opens the node to whoever asks
         ci = device.create_compute_instance(step.gpu, gi)
         admit(device, step.gpu, gi, ci, None)
         made = Outcome(step.generation, gi, ci, device.uuid(step.gpu, gi, ci))

@@ -215,6 +215,17 @@ def test_a_recovery_fences_what_it_finds(node: Node) -> None:
     assert openers(*third) == [CAROL]
 
 
+def test_reconcile_puts_back_what_somebody_has_opened(node: Node) -> None:
+    first, second = give(node, 1, ALICE, "3g"), give(node, 2, BOB, "1g:2")
+    node.release(2)
+    for path in first + second:
+        path.chmod(0o444)
+    node.controller().reconcile(lambda runs: [])
+    assert openers(*first) == [ALICE]
+    assert openers(*second) == []
+    node.check()
+
+
 def test_without_acl_the_node_is_the_users_own(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> NoReturn:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
