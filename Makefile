@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NEWEST := tests/test_throwaway.py tests/test_ask.py tests/test_lua.py tests/test_slurm.py tests/test_watch.py
 SLURM_PACKAGES := slurm-wlm slurm-wlm-basic-plugins slurm-client munge
 
-.PHONY: demo test newest check bench bench-policy bench-slurm clean
+.PHONY: demo test newest check bench bench-slurm bench-policy clean
 
 demo: $(VENV)/installed | slurm
 	$(BIN)/python tests/demo.py
@@ -29,11 +29,13 @@ check: $(VENV)/tools
 bench: $(VENV)/tools
 	$(BIN)/python benchmarks/hooks.py --write
 
+# The modes of admission side by side on a throw-away Slurm: about ten minutes.
+bench-slurm: $(VENV)/tools | slurm
+	$(BIN)/python benchmarks/slurm_modes.py --write
+	$(BIN)/python benchmarks/starvation.py
+
 bench-policy: $(VENV)/tools
 	$(BIN)/python benchmarks/policy_targets.py --write $(QUICK)
-
-bench-slurm: $(VENV)/tools | slurm
-	$(BIN)/python benchmarks/starvation.py
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "rms: needs Python 3.11 or newer: make PYTHON=python3.11"; exit 1; }

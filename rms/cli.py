@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.set_defaults(verb=doctor)
     verb.add_argument("--json", action="store_true", help="everything, as one JSON object")
+    _slurm_option(verb)
     _node_options(verb)
 
     verb = verbs.add_parser(
@@ -106,9 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         "publish", allow_abbrev=False, help="tell slurmctld what fits on this node: at boot, from a timer"
     )
     verb.set_defaults(verb=publish)
-    verb.add_argument(
-        "--slurm-conf", metavar="PATH", default=os.environ.get("SLURM_CONF", "/etc/slurm/slurm.conf"), help="slurm.conf"
-    )
+    _slurm_option(verb)
     _node_options(verb)
 
     verb = verbs.add_parser(
@@ -168,6 +167,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _slurm_option(verb: argparse.ArgumentParser) -> None:
+    """Which Slurm a verb asks."""
+    verb.add_argument(
+        "--slurm-conf",
+        metavar="PATH",
+        default=os.environ.get("SLURM_CONF", "/etc/slurm/slurm.conf"),
+        help="default: $SLURM_CONF or /etc/slurm/slurm.conf",
+    )
+
+
 def _node_options(verb: argparse.ArgumentParser) -> None:
     """Which node a verb is about, and its configuration."""
     verb.add_argument(
@@ -198,20 +207,30 @@ def show(options: argparse.Namespace) -> int:
 
 
 def doctor(options: argparse.Namespace) -> int:
-    """Print what the GPUs are and what is wrong with them. Returns 6 if anything is."""
+    """Print what the GPUs are and what is wrong with them, and with Slurm's configuration. Returns 6 if anything is."""
     import json
 
+    from rms.doctor import describe, examine, report
+
     settings = _settings(options)
+    found = []
     if settings.simulated:
         print("this node's GPUs are simulated: nothing to examine", file=sys.stderr)
-        return 0
-    with _real(settings) as device:
-        from rms.doctor import describe, examine, report
+    else:
+        with _real(settings) as device:
+            found = examine(device, _state(settings))
+    wrong = []
+    if os.path.exists(options.slurm_conf):
+        from slurm import check
 
-        found = examine(device, _state(settings))
-    fenced = settings.fence
-    print(json.dumps(report(found, fenced), indent=2) + "\n" if options.json else describe(found, fenced), end="")
-    return NodeError.code if any(one.problems for one in found) else 0
+        wrong = check.examine(settings, options.slurm_conf, options.node, _state(settings))
+    else:
+        print(f"Slurm is not examined: there is no {options.slurm_conf}", file=sys.stderr)
+    if options.json:
+        print(json.dumps({**report(found, settings.fence), "slurm": wrong}, indent=2))
+    else:
+        print(describe(found, settings.fence) + "".join(f"! {text}\n" for text in wrong), end="")
+    return NodeError.code if wrong or any(one.problems for one in found) else 0
 
 
 def reconcile(options: argparse.Namespace) -> int:

@@ -100,12 +100,16 @@ class Slurmctld:
             return
         self._run("scontrol", "update", f"NodeName={node}", "State=DRAIN", f"Reason={reason}")
 
+    def show(self, *what: str, future: bool = False) -> str:
+        """What `scontrol show` prints; with `future` of nodes that are not there yet."""
+        return self._run("scontrol", *(["--future"] if future else []), "show", *what)
+
     def credential_seconds(self) -> int | None:
         """How long this Slurm may mistake a requeued job's new start for the old one; None if it never does.
 
         Before 23.02.7 slurmd can start a job that comes back within its credential's life without running the Prolog.
         """
-        settings = dict(re.findall(r"^(\w+)\s*=\s*(.*)$", self._run("scontrol", "show", "config"), re.MULTILINE))
+        settings = dict(re.findall(r"^(\w+)\s*=\s*(.*)$", self.show("config"), re.MULTILINE))
         version = [int(part) for part in re.findall(r"\d+", settings.get("SLURM_VERSION", "0"))[:3]]
         if version >= [23, 2, 7]:
             return None

@@ -20,6 +20,8 @@ from rms.inventory import State
 
 BACKENDS = ["nvml"]
 
+NO_SLURM = "Slurm is not examined: there is no /nowhere/slurm.conf\n"
+
 Rms = Callable[..., tuple[str, str]]
 
 
@@ -27,6 +29,7 @@ Rms = Callable[..., tuple[str, str]]
 def rms(node: Node, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Rms:
     """What `rms ARGUMENTS` prints to standard output and error on the node."""
     monkeypatch.setenv("RMS_CONFIG", str(node.toml))
+    monkeypatch.setenv("SLURM_CONF", "/nowhere/slurm.conf")
 
     def call(*arguments: str, code: int = 0) -> tuple[str, str]:
         node.machine.use()
@@ -61,7 +64,7 @@ GPU 0  NVIDIA A100-SXM4-80GB  {0}
 
 def test_doctor_on_a_sound_node(node: Node, rms: Rms) -> None:
     node.configure(gpus=[0])
-    assert rms("doctor") == (A100.format(*node.machine.uuids), "")
+    assert rms("doctor") == (A100.format(*node.machine.uuids), NO_SLURM)
     printed = json.loads(rms("doctor", "--json")[0])
     (gpu,) = printed["gpus"]
     assert (printed["schema"], gpu["uuid"], gpu["problems"]) == (1, node.machine.uuids[0], [])
@@ -140,7 +143,7 @@ def test_doctor_without_a_driver(node: Node, rms: Rms) -> None:
 def test_simulated_gpus_have_neither(fast_dir: Path, rms: Rms, monkeypatch: pytest.MonkeyPatch) -> None:
     other = Node(fast_dir / "other")
     monkeypatch.setenv("RMS_CONFIG", str(other.toml))
-    assert rms("doctor") == ("", "this node's GPUs are simulated: nothing to examine\n")
+    assert rms("doctor") == ("", f"this node's GPUs are simulated: nothing to examine\n{NO_SLURM}")
     assert "always in MIG mode" in rms("mig", "enable", code=6)[1]
 
 

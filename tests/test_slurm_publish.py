@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -79,6 +80,20 @@ def test_nothing_is_misplaced_under_overload(slurm: RmsCluster) -> None:
     journals = {node: records.journal(slurm.root / node / "gpus.json.journal") for node in slurm.nodes}
     slots, faults = records.slots(found, journals)
     assert faults == records.overlaps(slots) == []
+
+
+def test_doctor_finds_slurm_as_it_must_be(slurm: RmsCluster) -> None:
+    config = slurm.etc / "rms.toml"
+    doctor = [sys.executable, "-m", "rms.cli", "doctor", "--json", "--node", "n1", "--config", str(config)]
+    assert json.loads(slurm.run(*doctor).stdout)["slurm"] == []
+    kept = config.read_text()
+    try:
+        config.write_text(kept.replace('admission = "features"', 'admission = "extra"'))
+        done = slurm.run(*doctor, check=False)
+    finally:
+        config.write_text(kept)
+    assert done.returncode == 6
+    assert any("extra_constraints" in text for text in json.loads(done.stdout)["slurm"])
 
 
 def test_small_jobs_start_together_where_all_of_them_fit(slurm: RmsCluster) -> None:

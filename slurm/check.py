@@ -1,0 +1,116 @@
+"""Whether the running slurmctld is set up for this node's mode of admission: the part of `rms doctor` about Slurm."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from rms import inventory
+from rms.config import Config
+from rms.geometry import Geometry
+from slurm import publish, site
+from slurm.slurmctld import Slurmctld, SlurmError
+
+NEEDED = {"features": (22, 5), "extra": (23, 11), "sums": (20, 11)}
+"""The oldest Slurm (major, minor) for each mode."""
+PARTS = {"JobSubmitPlugins": "lua", "PrologFlags": "Alloc"}
+"""What must be among the values of a setting."""
+
+
+def examine(config: Config, slurm_conf: str, node: str, state: inventory.State | None) -> list[str]:
+    """What is wrong, a line each. `state` tells which names the node publishes; without one they are not compared."""
+    ask = Slurmctld(slurm_conf).show
+    try:
+        settings = _settings(ask("config"))
+        record = _record(ask("node", node))
+    except SlurmError as error:
+        return [f"slurmctld does not answer: {error}"]
+    never = None
+    if config.admission == "features":
+        try:
+            never = _record(ask("node", site.SENTINEL, future=True))
+        except SlurmError:
+            never = {}
+    names = None
+    if state and state.gpus:
+        known: Geometry = state.geometries[state.gpus[0].model]
+        names = [publish.name(request) for request in publish.listed(known, len(state.gpus))]
+    return list(problems(config.admission, settings, record, never, names))
+
+
+def problems(
+    admission: str,
+    settings: Mapping[str, str],
+    node: Mapping[str, str],
+    never: Mapping[str, str] | None,
+    names: Sequence[str] | None,
+) -> Iterator[str]:
+    """The same of what slurmctld has shown: its configuration, the node, and the one that is never there. Pure."""
+    version = tuple(int(part) for part in re.findall(r"\d+", settings.get("SLURM_VERSION", ""))[:2])
+    if version < NEEDED[admission]:
+        yield 'admission = "{}" needs Slurm {}.{:02} or newer, this is {}'.format(
+            admission, *NEEDED[admission], settings.get("SLURM_VERSION", "unknown")
+        )
+    types = {"mig", "migc", "migm"} | ({publish.TOKEN} if admission != "sums" else set())
+    if lacking := types - set(_words(settings.get("GresTypes", ""))):
+        yield f"slurm.conf: GresTypes lacks {' '.join(sorted(lacking))}"
+    for key, part in PARTS.items():
+        if part.lower() not in [word.lower() for word in _words(settings.get(key, ""))]:
+            yield f"slurm.conf: {key} lacks {part}"
+    yield from (f"slurm.conf: no {hook}" for hook in site.HOOKS if settings.get(hook, "(null)") in ("", "(null)"))
+    if admission == "extra" and "extra_constraints" not in _words(settings.get("SchedulerParameters", "")):
+        yield "slurm.conf: SchedulerParameters lacks extra_constraints: no job would wait for room"
+    gres = _gres(node)
+    if lacking := types - {item.split(":")[0] for item in gres}:
+        yield f"slurm.conf: this node's Gres lacks {' '.join(sorted(lacking))}"
+    if never is not None:
+        yield from _sentinel(node, never, names)
+    if admission != "sums" and not lacking:
+        said = node.get("ActiveFeatures" if admission == "features" else "Extra", "")
+        if publish.PREFIX not in said and f"{publish.TOKEN}:job:1" not in gres:
+            yield "slurmctld has forgotten what fits here, or was never told: rms publish, and rms-publish.timer"
+
+
+def _sentinel(node: Mapping[str, str], never: Mapping[str, str], names: Sequence[str] | None) -> Iterator[str]:
+    called = f"slurm.conf: node {site.SENTINEL}"
+    if not never or "FUTURE" not in never.get("State", ""):
+        yield f"{called} with State=FUTURE is missing: jobs that do not fit now would be refused"
+        return
+    features = set(_words(never.get("AvailableFeatures", "")))
+    own = [f for f in _words(node.get("AvailableFeatures", "")) if not f.startswith(publish.PREFIX)]
+    if lacking := [name for name in (*own, *(names or ())) if name not in features]:
+        yield f"{called} lacks features: {' '.join(lacking[:5])}{' ...' if len(lacking) > 5 else ''}"
+    if lacking := [p for p in _words(node.get("Partitions", "")) if p not in _words(never.get("Partitions", ""))]:
+        yield f"{called} is not in partition {' '.join(lacking)}"
+    for key in ("CPUTot", "RealMemory"):
+        if int(never.get(key, 0)) < int(node.get(key, 0)):
+            yield f"{called} has {key}={never.get(key)}, this node {node[key]}: it must have as much"
+    there = dict(_split(item) for item in _gres(never))
+    for kind, count in map(_split, _gres(node)):
+        if not kind.startswith(publish.TOKEN) and there.get(kind, 0) < count:
+            yield f"{called} has {there.get(kind, 0)} of gres {kind}, this node {count}: it must have as much"
+
+
+def _settings(shown: str) -> dict[str, str]:
+    return {key: value.strip() for key, value in re.findall(r"^(\w+)(?:\[0\])?\s*= (.*)$", shown, re.MULTILINE)}
+
+
+def _record(shown: str) -> dict[str, str]:
+    """The fields of `scontrol show node` that hold one word."""
+    found: dict[str, str] = {}
+    for key, value in re.findall(r"(?:^|\s)(\w+)=(\S*)", shown):
+        found.setdefault(key, value)
+    return found
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word and word != "(null)"]
+
+
+def _gres(node: Mapping[str, str]) -> list[str]:
+    return [re.sub(r"\(.*\)$", "", item) for item in re.findall(r"(?:\([^)]*\)|[^,])+", node.get("Gres", ""))]
+
+
+def _split(item: str) -> tuple[str, int]:
+    kind, _, count = item.rpartition(":")
+    return (kind, int(count)) if count.isdigit() else (item, 1)

@@ -1,0 +1,109 @@
+"""slurm/check.py: every line of slurm.conf that a mode needs is missed when it is not there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+
+from rms import geometry
+from slurm import publish, site
+from slurm.check import problems
+
+A100 = geometry.load("A100-80GB")
+NAMES = [publish.name(request) for request in publish.listed(A100, 2)]
+MODES = ["features", "extra", "sums"]
+
+SETTINGS = {
+    "SLURM_VERSION": "24.11.5",
+    "GresTypes": "gpu,mig,migc,migm,migt",
+    "JobSubmitPlugins": "lua",
+    "PrologFlags": "Alloc,Contain",
+    "SchedulerParameters": "bf_continue,extra_constraints",
+    "Prolog": "/etc/slurm/prolog",
+    "Epilog": "/etc/slurm/epilog",
+    "TaskProlog": "/etc/slurm/task_prolog",
+}
+NODE = {
+    "AvailableFeatures": "ib,rms_1g.10gb_1",
+    "ActiveFeatures": "ib,rms_1g.10gb_1",
+    "Extra": '{"rms_1g.10gb_1":1}',
+    "Gres": f"gpu:a100:2(S:0-1),{site.gres(A100, 2, 'features')}",
+    "Partitions": "main,long",
+    "CPUTot": "64",
+    "RealMemory": "1000",
+}
+NEVER = {
+    "State": "FUTURE",
+    "AvailableFeatures": ",".join(["ib", *NAMES]),
+    "Gres": f"gpu:a100:4,{site.gres(A100, 2, 'features')}",
+    "Partitions": "main,long,debug",
+    "CPUTot": "128",
+    "RealMemory": "1000",
+}
+
+
+Fields = Mapping[str, str]
+NONE: Fields = {}
+
+
+def found(mode: str, settings: Fields = NONE, node: Fields = NONE, never: Fields = NONE) -> list[str]:
+    changed = {**NEVER, **never} if mode == "features" else None
+    return list(problems(mode, {**SETTINGS, **settings}, {**NODE, **node}, changed, NAMES))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_all_is_well(mode: str) -> None:
+    assert found(mode) == []
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"SLURM_VERSION": "20.02.7"}, "needs Slurm"),
+        ({"GresTypes": "gpu,mig,migm,migt"}, "GresTypes lacks migc"),
+        ({"JobSubmitPlugins": "(null)"}, "JobSubmitPlugins lacks lua"),
+        ({"PrologFlags": "(null)"}, "PrologFlags lacks Alloc"),
+        ({"Epilog": "(null)"}, "no Epilog"),
+    ],
+)
+def test_settings(mode: str, settings: dict[str, str], said: str) -> None:
+    (one,) = found(mode, settings)
+    assert said in one
+
+
+def test_what_only_one_mode_needs() -> None:
+    assert "extra_constraints" in found("extra", {"SchedulerParameters": "bf_continue"})[0]
+    assert found("features", {"SchedulerParameters": "(null)"}) == []
+    assert "needs Slurm 23.11" in found("extra", {"SLURM_VERSION": "22.05.8"})[0]
+    assert found("features", {"SLURM_VERSION": "22.05.8"}) == []
+    assert "GresTypes lacks migt" in found("features", {"GresTypes": "mig,migc,migm"})[0]
+    assert found("sums", {"GresTypes": "mig,migc,migm"}) == []
+
+
+def test_the_node() -> None:
+    bare = site.gres(A100, 2, "sums")
+    assert found("features", node={"Gres": bare}) == ["slurm.conf: this node's Gres lacks migt"]
+    assert found("sums", node={"Gres": bare}) == []
+    (silent,) = found("features", node={"AvailableFeatures": "ib", "ActiveFeatures": "ib"})
+    assert "rms publish" in silent
+    full = NODE["Gres"].replace("migt:job:21", "migt:job:1")
+    assert found("features", node={"AvailableFeatures": "ib", "ActiveFeatures": "ib", "Gres": full}) == []
+
+
+@pytest.mark.parametrize(
+    ("never", "said"),
+    [
+        ({"State": "IDLE"}, "State=FUTURE is missing"),
+        ({"AvailableFeatures": ",".join(NAMES)}, "lacks features: ib"),
+        ({"AvailableFeatures": "ib," + ",".join(NAMES[1:])}, f"lacks features: {NAMES[0]}"),
+        ({"Partitions": "main"}, "not in partition long"),
+        ({"CPUTot": "32"}, "CPUTot=32, this node 64"),
+        ({"RealMemory": "1"}, "RealMemory=1, this node 1000"),
+        ({"Gres": site.gres(A100, 2, "features")}, "0 of gres gpu:a100, this node 2"),
+    ],
+)
+def test_the_node_that_is_never_there(never: dict[str, str], said: str) -> None:
+    (one,) = found("features", never=never)
+    assert said in one
