@@ -85,6 +85,13 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--admission", choices=config.ADMISSIONS, help="what slurmctld is told of what fits (default: as rms.toml says)"
     )
+    verb.add_argument(
+        "--preempting",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a partition or QOS whose jobs may preempt others (docs/slurm.md); may be given several times",
+    )
     verb.add_argument("--write", metavar="DIR", help="write the files into DIR instead of printing them")
 
     verb = verbs.add_parser(
@@ -319,7 +326,15 @@ def slurm_config(options: argparse.Namespace) -> int:
     """Print or write what a site puts into its Slurm configuration."""
     from slurm import site
 
-    made = site.files(options.model, options.gpus, options.nodes, options.config, options.slurm_conf, options.admission)
+    made = site.files(
+        options.model,
+        options.gpus,
+        options.nodes,
+        options.config,
+        options.slurm_conf,
+        options.admission,
+        options.preempting,
+    )
     if options.write:
         site.write(made, options.write)
         print(f"{len(made)} files in {options.write}; {site.SETTINGS} has the lines for slurm.conf")

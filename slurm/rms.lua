@@ -310,10 +310,20 @@ local function reserved(job)
     end
 end
 
+-- Whether a job may preempt others, by its partitions or its QOS. What it would have room for then is not published
+-- before: slurmctld would never preempt for it.
+local function preempts(job)
+    for name in ((job.partition or "") .. "," .. (job.qos or "")):gmatch("[^,]+") do
+        if site.preempting[name] then
+            return true
+        end
+    end
+end
+
 -- The fields of a job by which slurmctld lets it in only where it fits, and the problem where there is one.
 local function admit(job, request, need)
     local fields = {}
-    if not site.gates then
+    if not site.gates or preempts(job) then
         return fields
     end
     local name, problem = gate(request, need)

@@ -7,9 +7,10 @@ ours; the lua gets a table of the profiles and of what one empty GPU can hold.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rms import config, geometry
 from rms.errors import NodeError, RequestError
@@ -26,15 +27,24 @@ HOOKS = {"Prolog": "prolog", "Epilog": "epilog", "TaskProlog": "task_prolog"}
 
 
 def files(
-    model: str, gpus: int, nodes: str, config_path: str, slurm_conf: str, admission: str | None = None
+    model: str,
+    gpus: int,
+    nodes: str,
+    config_path: str,
+    slurm_conf: str,
+    admission: str | None = None,
+    preempting: Sequence[str] = (),
 ) -> dict[str, str]:
     """Every file of a site by its name, to lie beside slurm.conf: the hooks, the lua, and the lines for slurm.conf.
 
-    `admission` is the mode; None for what the configuration says, or `features` where there is none yet.
+    `admission` is the mode; None for what the configuration says, or `features` where there is none yet. `preempting`
+    are partitions and QOS whose jobs may preempt others.
     Raises RequestError on an unknown model or a count below 1, NodeError if the configuration exists and can't be read.
     """
     if gpus < 1:
         raise RequestError(f"--gpus is {gpus}; a node has 1 or more")
+    if bad := [word for word in preempting if not re.fullmatch(r"[\w.-]+", word, re.ASCII)]:
+        raise RequestError(f"{bad[0]!a} is no name of a partition or QOS")
     known = geometry.load(model)
     directory = os.path.dirname(slurm_conf)
     present = config.load(config_path, "%n") if os.path.exists(config_path) else None
@@ -51,7 +61,7 @@ def files(
         "@DIR@": directory,
     }
     made = {name: _fill(name, values) for name in (*HOOKS.values(), "job_submit.lua", "rms.lua")}
-    made["rms_table.lua"] = table(known, gpus, admission)
+    made["rms_table.lua"] = table(known, gpus, admission, preempting)
     made[SETTINGS] = settings(known, gpus, nodes, directory, admission)
     return made
 
@@ -108,7 +118,7 @@ def compute(known: Geometry) -> int:
     return max(profile.compute for profile in known.profiles)
 
 
-def table(known: Geometry, gpus: int, admission: str) -> str:
+def table(known: Geometry, gpus: int, admission: str, preempting: Sequence[str] = ()) -> str:
     """The lua table: the profiles, the maximal count vectors of one empty GPU, and what is published."""
     names = [profile.name for profile in known.profiles]
     fit = sorted(known.frontier(names, tuple(profile.limit for profile in known.profiles)), reverse=True)
@@ -121,6 +131,7 @@ def table(known: Geometry, gpus: int, admission: str) -> str:
     vectors = "\n".join(f"    {{ {', '.join(str(n) for n in vector)} }}," for vector in fit)
     whole = max(known.profiles, key=lambda profile: (profile.memory, profile.plain)).name
     gates = "\n".join(f'    ["{request}"] = "{publish.name(request)}",' for request in publish.listed(known, gpus))
+    free = ", ".join(f'["{word}"] = true' for word in preempting)
     published = f"""\
   gates = {{ -- what is published for each request, the profiles in the order above
 {gates}
@@ -128,6 +139,7 @@ def table(known: Geometry, gpus: int, admission: str) -> str:
   whole = "{whole}", -- takes a whole GPU
   span = {publish.span(known)}, -- the token's size of a job that starts alone
   sentinel = "{SENTINEL}",
+  preempting = {{ {free} }}, -- partitions and QOS whose jobs go without such a name
 """
     return f"""\
 -- Made by `rms slurm-config --model {known.model} --gpus {gpus}`; used by rms.lua. Do not edit: make it again.

@@ -28,11 +28,13 @@ enter() {
         mount -t tmpfs -o mode=755 tmpfs "$into/run"
         mount --bind -o ro "$here" "$into/rms"
         for file in /etc/hosts /etc/resolv.conf /etc/ssl/certs/ca-certificates.crt; do
-            mount --bind "$file" "$into$file"
+            [ ! -e "$file" ] || mount --bind "$file" "$into$file"
         done
-        exec chroot "$into" env -i PATH=/opt/rms/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 \
+        # No exec: pid 1 of a namespace reaps what daemons leave behind, and a shell that waits does that.
+        chroot "$into" env -i PATH=/opt/rms/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 \
             PYTHONDONTWRITEBYTECODE=1 ${CI:+CI="$CI"} ${PIP_CERT:+PIP_CERT=/etc/ssl/certs/ca-certificates.crt} \
             sh -c '\''cd /rms && exec "$@"'\'' sh "$@"
+        exit $?
     ' sh "$into" "$here" "$@"
 }
 

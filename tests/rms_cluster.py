@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def rms_cluster(
     others: str = "",
     features: str = "",
     settings: str = "",
+    preempting: Sequence[str] = (),
     **options: Any,
 ) -> RmsCluster:
     """A cluster, not started, whose hooks, lua and gres are what `rms slurm-config` makes.
@@ -68,7 +70,7 @@ create_seconds = {create}
 destroy_seconds = {destroy}
 nodes = "{root}/%n/nodes"
 """)
-    made = site.files(model, gpus, f"n[1-{nodes}]", str(config), str(etc / "slurm.conf"))
+    made = site.files(model, gpus, f"n[1-{nodes}]", str(config), str(etc / "slurm.conf"), None, preempting)
     site.write(made, str(etc))
     root.chmod(0o755)
     for node in range(1, nodes + 1):

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from throwaway import Cluster, missing
 
 from rms import geometry, planner, request
+from rms.errors import RequestError
 from slurm import publish, site
 
 SOURCE = Path(site.HERE) / "rms.lua"
@@ -31,7 +32,7 @@ slurm = { SUCCESS = 0, ERROR = -1, log_user = into(said), log_info = into(logged
 os.time = function() return 1700000000 end
 local known = {}
 local names = "tres_per_node tres_per_job tres_per_socket tres_per_task comment name"
-    .. " min_nodes max_nodes time_limit argc script features prefer extra req_nodes reservation"
+    .. " min_nodes max_nodes time_limit argc script features prefer extra req_nodes reservation partition qos"
 for name in names:gmatch("%S+") do known[name] = true end
 local settable = { tres_per_node = true, comment = true, min_nodes = true, max_nodes = true }
 settable.features, settable.extra = true, true -- see admission
@@ -583,6 +584,19 @@ def test_where_the_name_is_published_the_request_fits(counts: dict[str, int]) ->
 def test_the_users_own_constraint_holds_as_well(own: str, together: str | None) -> None:
     job = lua(admission="features").submit(tres_per_node="gres:mig:3g:1", features=own)
     assert (job and job["features"]) == together
+
+
+@pytest.mark.parametrize("admission", ["features", "extra"])
+def test_who_may_preempt_goes_without_a_name(admission: str) -> None:
+    made = Lua(site.table(geometry.load("A100-80GB"), 2, admission, ["high", "gold.now"]), "lua51")
+    for fields in ({"partition": "high"}, {"partition": "main,high"}, {"qos": "gold.now"}):
+        job = made.submit(tres_per_node="gres:mig:3g:1", **fields)
+        assert job and admission not in job and "migt:job:1" in job["tres_per_node"], fields
+    for fields in ({}, {"partition": "highest"}, {"qos": "gold"}):
+        job = made.submit(tres_per_node="gres:mig:3g:1", **fields)
+        assert job and "rms_3g.40gb_1" in job[admission], fields
+    with pytest.raises(RequestError, match="no name of a partition or QOS"):
+        site.files("A100-80GB", 2, "n1", "/nonexistent", "/etc/slurm/slurm.conf", admission, ['a"] = b'])
 
 
 def test_what_goes_without_a_name_and_what_not_at_all() -> None:
