@@ -103,7 +103,7 @@ def fence(capabilities: Sequence[Capability], uid: int | None) -> None:
         try:
             if capability.entry:
                 _leave_alone(capability.entry, uid is None)
-            _restrict(capability, uid)
+            _restrict(capability, uid or None)
         except OSError as error:
             raise FenceError(f"cannot fence {error.filename or capability.node}: {error.strerror}") from error
 
@@ -202,7 +202,7 @@ def problems(capability: Capability, users: set[int]) -> Iterator[str]:
         found = readers(capability)
         if found is None:
             yield f"{capability.node} may be opened by every user"
-        elif found != users:
+        elif found != users - {0}:
             yield f"{capability.node} may be opened by {_names(found)}; it should be {_names(users)}"
         if capability.entry and _modified(capability.entry) != "0":
             yield f"nvidia-modprobe may open {capability.node} to every user, {capability.entry} does not forbid it"
@@ -225,13 +225,13 @@ def holders(capabilities: Sequence[Capability]) -> list[int]:
 
 def _open(pid: int) -> Iterator[int]:
     """The character devices that a process has open for reading."""
-    import ctypes
-
-    libc = ctypes.CDLL(None)
-    found = ctypes.create_string_buffer(256)
     with suppress(OSError):  # it ends meanwhile
         if roots(pid):
             return
+        import ctypes
+
+        libc = ctypes.CDLL(None)
+        found = ctypes.create_string_buffer(256)
         # Each thread may have a table of its own, and the first one may have ended.
         for task in os.listdir(f"/proc/{pid}/task"):
             table = f"/proc/{pid}/task/{task}/fd"

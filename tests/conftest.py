@@ -229,7 +229,7 @@ class Node:
             assert records == actual, f"{gpu.uuid}: the inventory and the GPU differ"
             assert all(i.status in ("idle", "busy", "quarantined") and i.intent is None for i in gpu.instances)
             for instance in gpu.instances if self.settings["fence"] and gpu.uuid in managed else ():
-                wanted = {users[instance.generation]} if instance.generation in users else set()
+                wanted = {users[instance.generation]} - {0} if instance.generation in users else set()
                 for capability in device.capabilities(gpu.uuid, instance.gi, instance.ci):
                     assert fence.readers(capability) == wanted, f"{instance} may be opened by others"
         grants = grant.granted(self.config.run_dir)

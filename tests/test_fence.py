@@ -158,6 +158,9 @@ def test_only_the_user_of_a_job_opens_its_instances(node: Node) -> None:
     assert openers(*third) == [CAROL]
     node.release(2)
     node.release(3)
+    root = give(node, 5, 0, "2g")
+    assert openers(*root) == []
+    node.release(5)
     fourth = give(node, 4, BOB, "7g:2")
     assert openers(*fourth) == [BOB]
     assert openers(*(set(first + second) - set(fourth))) == [], "of instances that are gone"
