@@ -76,6 +76,9 @@ class Device(Protocol):
     def instances(self, gpu: str) -> Sequence[DeviceInstance]:
         """Every GPU instance on the GPU, whoever made it."""
 
+    def placement(self, gpu: str, gi: int) -> Placement:
+        """Where a GPU instance is. NOT_FOUND where there is none of that id."""
+
     def create_gpu_instance(self, gpu: str, profile: str, start: int) -> int:
         """Make a GI at an explicit placement; its id. INSUFFICIENT_RESOURCES when the place is taken."""
 

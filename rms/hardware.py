@@ -130,6 +130,7 @@ def take(device: Device, step: Step, deadline: float) -> Outcome:
     if gi is None or ci is None:
         raise DeviceError(Nvml.NOT_FOUND, f"{step.placement} has no instance")
     stands = Outcome(step.generation, gi, ci, step.uuid)
+    _find(device, step)
     admit(device, step.gpu, gi, ci, None)
     if pids := device.holders(step.gpu, gi, ci):
         return stands._replace(trouble="held", note=_held_by(pids))
@@ -156,6 +157,12 @@ def intruders(device: Device, gpu: str) -> list[int]:
     return found
 
 
+def _find(device: Device, step: Step) -> None:
+    """Raises NOT_FOUND where the instance is gone, also if another one, on another place, has its id now."""
+    if device.placement(step.gpu, step.gi or 0) != step.placement:
+        raise DeviceError(Nvml.NOT_FOUND, f"{step.placement}: GI {step.gi} is another one")
+
+
 def _patiently(destroy: Callable[[], None], until: float) -> None:
     while True:
         try:
@@ -173,6 +180,7 @@ def look(device: Device, step: Step) -> Outcome:
     """
     stands = Outcome(step.generation, step.gi, step.ci, step.uuid)
     try:
+        _find(device, step)
         admit(device, step.gpu, step.gi, step.ci, None)
         pids = device.holders(step.gpu, step.gi or 0, step.ci or 0)
     except DeviceError as error:

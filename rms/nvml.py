@@ -113,6 +113,13 @@ class NvmlDevice:
             for gi, placement, ci in sorted(found)
         ]
 
+    def placement(self, gpu: str, gi: int) -> Placement:
+        instance = self._gpu_instance(gpu, gi)
+        with _asking(f"GI {gi}"):
+            info = pynvml.nvmlGpuInstanceGetInfo(instance)
+        name = next(p.name for p in self.geometry(gpu).profiles if p.id == info.profileId)
+        return Placement(name, int(info.placement.start), int(info.placement.size))
+
     def create_gpu_instance(self, gpu: str, profile: str, start: int) -> int:
         wanted = self.geometry(gpu).by_name.get(profile)
         what = f"create {profile} at {start}"

@@ -77,6 +77,10 @@ class SimulatedDevice:
         with self._state() as state:
             return [DeviceInstance(i["gi"], _placement(i), i["ci"], i["uuid"]) for i in _gpu(state, gpu)["instances"]]
 
+    def placement(self, gpu: str, gi: int) -> Placement:
+        with self._state() as state:
+            return _placement(_instance(_gpu(state, gpu), gi))
+
     def create_gpu_instance(self, gpu: str, profile: str, start: int) -> int:
         with self._operation("create_gpu_instance", gpu, profile=profile, start=start) as (board, entry, _):
             legal = self._geometry.by_name.get(profile)

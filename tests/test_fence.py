@@ -339,6 +339,24 @@ def test_a_node_that_can_not_be_fenced(real: Node, missing: str, monkeypatch: py
         assert real.acquire(2, "3g")
 
 
+def test_a_lost_instance_whose_ids_are_anothers_now(real: Node) -> None:
+    real.configure(gpus=[0], sim_gpus=1)
+    real.machine.path.write_text(real.machine.path.read_text() + "option odd-ids\n")
+    first = give(real, 1, ALICE, "3g")
+    real.machine.vanish(0)
+    real.controller().reconcile(lambda runs: [])
+    (granted,) = real.controller().acquire(run(2), BOB, "3g", 1, None)
+    (instance,) = real.device().instances(granted.gpu)
+    second = [Path(c.node) for c in real.device().capabilities(granted.gpu, instance.gi, instance.ci)]
+    assert second == first, "this driver has given the ids again, for another place"
+    with process(lambda: become(BOB)) as bob:
+        real.machine.hold(bob, 0, instance.gi, instance.ci)
+        real.release(1)
+        assert openers(*second) == [BOB]
+        assert real.statuses() == {f"0:{granted.placement}": "busy"}
+        real.check()
+
+
 # Who holds what.
 
 
