@@ -32,6 +32,8 @@ from rms.fence import Capability
 
 BACKENDS = ["simulated", "nvml"]
 ALICE, BOB, CAROL = 61001, 61002, 61003
+EXIT = {"x86_64": 60, "aarch64": 93}
+"""The number of the system call that ends one thread."""
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="device nodes and other users need root")
 
@@ -448,6 +450,50 @@ def test_who_is_a_holder(prepare: Callable[[], object], counts: bool) -> None:
     capability = Capability("/dev/full", os.stat("/dev/full").st_rdev)
     with process(prepare) as pid:
         assert (pid in fence.holders([capability])) == counts
+
+
+def test_a_process_whose_first_thread_has_ended() -> None:
+    script = f"""\
+import ctypes, os, threading, time
+def work():
+    os.open("/dev/full", os.O_RDONLY)
+    print(flush=True)
+    time.sleep(600)
+os.setuid({ALICE})
+threading.Thread(target=work).start()
+ctypes.CDLL(None).syscall({EXIT[os.uname().machine]}, 0)  # exit(2) ends one thread
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as there:
+        assert there.stdout and there.stdout.readline()
+        while Path(f"/proc/{there.pid}/stat").read_text().split()[2] != "Z":
+            time.sleep(0.01)
+        assert there.pid in fence.holders([Capability("/dev/full", os.stat("/dev/full").st_rdev)])
+        there.kill()
+
+
+def test_many_threads_cost_little() -> None:
+    number = fence._KCMP.get(os.uname().machine, -1)
+    if ctypes.CDLL(None).syscall(number, os.getpid(), os.getpid(), 2, 0, 0):
+        pytest.skip("kcmp is not to be had here: every thread is looked at")
+
+    def prepare() -> None:
+        become(ALICE)
+        for _ in range(100):
+            os.open("/dev/null", os.O_RDONLY)
+        for _ in range(100):
+            threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+
+    def seconds() -> float:
+        began = time.process_time()
+        fence.holders([Capability("/dev/full", os.stat("/dev/full").st_rdev)])
+        return time.process_time() - began
+
+    with process(prepare):
+        took = min(seconds() for _ in range(5))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fence, "_KCMP", {})
+            slow = min(seconds() for _ in range(5))
+    assert took < slow / 2
 
 
 def test_a_file_system_that_does_not_answer(fast_dir: Path) -> None:
