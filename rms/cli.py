@@ -263,8 +263,10 @@ def reconcile(options: argparse.Namespace) -> int:
     if not options.dry_run and settings.admission != "sums":
         from slurm.publish import Publisher
 
-        if not Publisher(settings, options.slurm_conf, options.node, tell).soon(SLURM_SECONDS):
-            tell("what fits is not published yet; it is tried on in the background")
+        try:  # whatever was published before: slurmctld forgets it when it is reconfigured
+            Publisher(settings, options.slurm_conf, options.node, tell).now(SLURM_SECONDS)
+        except NodeError as error:
+            tell(str(error))
     if options.dry_run:
         print("dry run: nothing was changed")
     elif not told:

@@ -138,9 +138,8 @@ def offer(state: State, boot_id: str, now: float, told: Told | None = None) -> O
         if fits:
             fitting.append(name(request))
     if kept is not None and name(kept) in fitting and len(kept.profiles) == 1:
-        counts[kept.profiles[0]] = max(
-            counts[kept.profiles[0]], 1
-        )  # it may come, too, and to another place than its own
+        # It may come, too, and to another place than its own.
+        counts[kept.profiles[0]] = max(counts[kept.profiles[0]], 1)
     return Offer(
         tuple(fitting),
         len(known) + at_once(geometry, counts),
