@@ -74,7 +74,7 @@ def main() -> int:
 def with_slurm(root: Path) -> list[Outcome]:
     """Every job through a real slurmctld and slurmd."""
     # Slurm 22.05 must not see a refused job again while its credential lives: 120 s by default, 5 s at the least.
-    with rms_cluster(root, create=0.3, destroy=0.15, cred_expire=5) as slurm:
+    with rms_cluster(root, admission="features", create=0.3, destroy=0.15, cred_expire=5) as slurm:
         print(f"Slurm {slurm.run('sinfo', '--version').stdout.split()[-1]}: 2 nodes, each with 2 simulated A100-80GB\n")
         follow = Follower(root, slurm.nodes)
         jobs: dict[int, tuple[str, str, float]] = {}
