@@ -6,7 +6,6 @@ Every command has a deadline: with slurmctld down `scontrol` blocks for 20 s and
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple
@@ -121,6 +120,8 @@ class Slurmctld:
         self._run("scontrol", "update", f"JobId={job.name}", setting)
 
     def _run(self, *command: str) -> str:
+        import subprocess  # most calls of a hook run no command
+
         try:
             done = subprocess.run(
                 command,
