@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import select
 import subprocess
 import sys
@@ -26,7 +27,6 @@ from rms.errors import RequestError
 from rms.request import Ticket, parse_comment
 from slurm.slurmctld import PATH, SilentError, Slurmctld, SlurmError
 
-SEPARATOR = "\x1f"
 STATES = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING")
 """Jobs in other states are over."""
 WIDE = 1500
@@ -84,11 +84,13 @@ class Commands(Slurmctld):
         self._environment |= {"SLURM_TIME_FORMAT": "%s", "SLURM_BITSTR_LEN": "200"}
 
     def queue(self) -> list[Queued]:
-        form = SEPARATOR.join(
+        # Nobody can know it, so no comment with a line feed in it becomes a job of its own.
+        separator = f"|{secrets.token_hex(8)}|"
+        form = separator.join(
             ["%A", "%T", "%r", "%Q", "%P", "%l", "%V", "%S", "%N", "%n", "%x", "%f", "%v", "%K", "%k"]
         )
         shown = self._run("squeue", "--noheader", "--all", f"--states={','.join(STATES)}", f"--format={form}")
-        rows = (line.split(SEPARATOR, 14) for line in shown.split("\n"))
+        rows = (line.split(separator, 14) for line in shown.split("\n"))
         return _sorted(_queued(row, self.hosts) for row in rows if len(row) == 15)
 
     def nodes(self) -> list[Node]:

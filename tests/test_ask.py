@@ -64,6 +64,24 @@ def jobs(slurm: Cluster) -> Iterator[dict[str, int]]:
     found["after"] = submit(f"--dependency=afterok:{found['runs']}", "-w", "n1", "-x", "n2")
     found["future"] = submit("--begin=now+1hour")
     found["night"] = submit("--partition=night", "--time=5")
+    row = [
+        str(10**6),
+        "PENDING",
+        "Resources",
+        "999",
+        "main",
+        "1:00",
+        "1",
+        "1",
+        "",
+        "",
+        "",
+        "",
+        "",
+        "",
+        "rms1:7g.80gb:1;s=1;l=1;",
+    ]
+    found["forger"] = submit("--hold", "--comment=" + "".join(f"\n{mark.join(row)}" for mark in ("\x1f", "|", "||")))
     found["other"] = slurm.sbatch("sleep 300", "--hold", "--comment=no mig", user=user)
     waiting = ("waits", "array")
     slurm.wait(
