@@ -340,6 +340,11 @@ local function admit(job, request, need)
     return fields, problem
 end
 
+-- A time limit for the comment; 0 for none.
+local function minutes(limit)
+    return limit and limit <= MAX_LIMIT and limit or 0
+end
+
 local function check_submit(job)
     local comment = job.comment or ""
     if starts(comment, PREFIX) and #comment > MAX_BYTES then -- slurmctld would refuse it, too; own_part would take long
@@ -382,15 +387,11 @@ local function check_submit(job)
         -- In 26.05 salloc tells its command, too, but calls its jobs interactive.
         return "srun needs the full form, --gres=mig:" .. table.concat(words, ",mig:")
     end
-    local minutes = job.time_limit or 0
-    if minutes > MAX_LIMIT then
-        minutes = 0
-    end
     local fields, obstacle = admit(job, request, need)
     if obstacle then
         return obstacle
     end
-    local prefix = ("%s%s;s=%d;l=%d;"):format(PREFIX, table.concat(words, ","), os.time(), minutes)
+    local prefix = ("%s%s;s=%d;l=%d;"):format(PREFIX, table.concat(words, ","), os.time(), minutes(job.time_limit))
     local excess = #prefix + #own - MAX_BYTES
     if excess > 0 then
         return ("the comment is %d bytes too long (at most %d beside mig)"):format(excess, MAX_BYTES - #prefix)
@@ -436,6 +437,12 @@ local function check_modify(job, record)
     local prefix = record.comment:match("^" .. PREFIX .. "[^;]*;s=%d+;l=%d+;") or record.comment
     if job.comment and not starts(job.comment, prefix) then
         return "the comment of a job with mig must keep its beginning, " .. prefix
+    end
+    if job.time_limit and job.time_limit ~= NOT_GIVEN then -- the node goes by the comment
+        local fixed, own = (job.comment or record.comment):match("^(" .. PREFIX .. "[^;]*;s=%d+;l=)%d+;(.*)$")
+        if fixed then
+            job.comment = ("%s%d;%s"):format(fixed, minutes(job.time_limit), own)
+        end
     end
 end
 

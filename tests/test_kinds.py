@@ -36,8 +36,7 @@ def healthy(slurm: RmsCluster) -> Iterator[None]:
     """After each test everything is over, no node is drained, and nothing is held."""
     go_on(slurm, False)
     yield
-    for user in slurm.users:
-        slurm.run("scancel", f"--user={user.name}", check=False)
+    slurm.cancel_all()
     slurm.wait(lambda: not slurm.queue(), 60, "every job is over")
     slurm.wait(lambda: {tuple(s) for s in slurm.node_states().values()} == {("idle", "")}, 60, "the nodes are idle")
 

@@ -65,6 +65,7 @@ class Lua:
         module = self.runtime.execute(SOURCE.read_text())
         self.module = module[0] if isinstance(module, tuple) else module
         self.say = ""
+        self.comment: str | None = None
 
     def submit(self, **fields: Any) -> dict[str, Any] | None:
         """The job as admitted, or None; a refused job must not have been changed."""
@@ -79,7 +80,8 @@ class Lua:
         wanted = {"min_nodes": NOT_GIVEN, "max_nodes": NOT_GIVEN} | fields
         job = self.runtime.table_from(wanted)
         allowed = self._answer(self.module.modify, job, self.runtime.table_from({"job_id": 7} | record), None, uid)
-        assert dict(job) == wanted
+        self.comment = dict(job).get("comment")
+        assert dict(job) == wanted | ({"comment": self.comment} if "time_limit" in fields else {})
         return allowed
 
     def list(self, name: str) -> list[str]:
@@ -443,11 +445,20 @@ def test_guards_a_job_with_mig(change: dict[str, Any]) -> None:
         {"comment": PREFIX},
         {"comment": PREFIX + "other; text"},
         {"min_nodes": 1, "max_nodes": 1},
-        {"time_limit": 3},
     ],
 )
 def test_leaves_other_changes_alone(change: dict[str, Any]) -> None:
     assert lua().modify(OURS, **change)
+
+
+def test_the_comment_has_the_new_time_limit() -> None:
+    made = lua()
+    for own in ("", "mine", ";l=7;"):
+        comment = PREFIX + own
+        assert made.modify({"comment": comment}, time_limit=3.0)
+        assert made.comment == comment.replace(PREFIX, PREFIX[: PREFIX.rindex("l=")] + "l=3;")
+        assert made.modify({"comment": PREFIX}, comment=comment, time_limit=4294967295.0)
+        assert made.comment == comment.replace(PREFIX, PREFIX[: PREFIX.rindex("l=")] + "l=0;")
 
 
 @pytest.mark.parametrize("record", [{}, {"comment": "mine"}, {"comment": " rms1:"}])
@@ -717,9 +728,9 @@ def test_slurm_keeps_the_user_from_forging(cluster: Cluster) -> None:
         assert not update(plain, change), change
     assert states() == before
     assert "refused uid" in (cluster.log / "slurmctld.log").read_text()
-    for change in ["TimeLimit=3", "NumNodes=1", f"comment={prefix}other", "JobName=x", "Requeue=0"]:
+    for change in ["NumNodes=1", f"comment={prefix}other", "JobName=x", "Requeue=0", "TimeLimit=3"]:
         assert update(ours, change), change
-    assert cluster.job(ours)["Comment"] == f"{prefix}other"
+    assert cluster.job(ours)["Comment"] == prefix.replace("l=0", "l=3") + "other"
     for change in ["comment=other", "NumNodes=2", "TimeLimit=3"]:
         assert update(plain, change), change
     assert update(ours, "comment=root may", as_root=True)

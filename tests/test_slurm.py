@@ -37,9 +37,7 @@ def slurm(slurm_root: Path) -> Iterator[Cluster]:
 def healthy(slurm: Cluster) -> Iterator[None]:
     """After each test the node is idle, not drained, and RMS has given everything back."""
     yield
-    slurm.run("scancel", "--user=root", check=False)
-    for user in slurm.users:
-        slurm.run("scancel", f"--user={user.name}", check=False)
+    slurm.cancel_all()
     slurm.wait(lambda: not slurm.queue(), 60, "every job is over")
     node = slurm.node_states()["n1"]
     assert node.state in ("idle", "planned") and node.reason == ""

@@ -32,8 +32,7 @@ def slurm(slurm_root: Path) -> Iterator[RmsCluster]:
 def healthy(slurm: RmsCluster) -> Iterator[None]:
     """After each test both nodes are idle, not drained, and say that everything fits."""
     yield
-    for user in slurm.users:
-        slurm.run("scancel", f"--user={user.name}", check=False)
+    slurm.cancel_all()
     slurm.wait(lambda: not slurm.queue(), 60, "every job is over")
     slurm.wait(lambda: {tuple(s) for s in slurm.node_states().values()} == {("idle", "")}, 30, "both are idle")
     slurm.wait(lambda: all("rms_7g.80gb_2" in features(slurm, node) for node in slurm.nodes), 60, "all fits again")

@@ -275,6 +275,11 @@ class Cluster:
         """Returns when the condition holds; a ClusterError names `what` did not come true."""
         self._until(condition, timeout, lambda: f"{what}: not so after {timeout} s")
 
+    def cancel_all(self) -> None:
+        """Cancels every job, by its number: scancel of Slurm 26.05 knows no user called nobody."""
+        if jobs := [line.split()[0] for line in self.queue()]:
+            self.run("scancel", "--quiet", *jobs, check=False)
+
     def processes(self) -> list[int]:
         """Every process of this cluster, from the daemons to what a job left behind.
 
@@ -402,9 +407,8 @@ class Cluster:
     def _cancel_all(self, timeout: float) -> None:
         """Every job's end, its Epilog included; what does not end in time is killed later."""
         with contextlib.suppress(ClusterError):  # slurmctld is stuck, or a Prolog holds a job: killed later
-            if jobs := [line.split()[0] for line in self.queue()]:
-                self.run("scancel", "--quiet", *jobs, check=False)
-                self.wait_all(timeout)
+            self.cancel_all()
+            self.wait_all(timeout)
 
     def _end_all(self) -> None:
         children: list[subprocess.Popen[Any]] = [*self._clients, *reversed(self._daemons.values())]
