@@ -360,13 +360,16 @@ class Publisher:
                     try:
                         self._publish(store)
                         pauses = _pauses()
-                    except (SlurmError, NodeError) as error:
+                    except SlurmError as error:
                         self._log(f"cannot publish what fits: {error}")
                         if time.monotonic() > until:
                             return False
                         time.sleep(next(pauses))
         except LockTimeoutError:
             return False  # who has the lock looks for a newer state before it lets go
+        except NodeError as error:  # to try again would not help
+            self._log(f"cannot publish what fits: {error}")
+            return False
         return True
 
     def _publish(self, store: Store) -> None:
