@@ -93,9 +93,12 @@ def sentinel(known: Geometry, gpus: int) -> str:
     names = ",".join(publish.name(request) for request in publish.listed(known, gpus))
     return f"""\
 # A node that is never there (never polled, not shown by sinfo), without which slurmctld would refuse jobs that do not
-# fit just now. It belongs into every partition of these nodes, with at least the CPUs, RealMemory, Features and Gres of
-# the largest of them: a job that asks for more than it has is refused while no node has room.
-NodeName={SENTINEL} NodeAddr=127.0.0.1 State=FUTURE Gres={gres(known, gpus, "features")} Features={names}
+# fit just now. It belongs into every partition of these nodes (PartitionName=... Nodes=...,{SENTINEL}), and needs at
+# least the CPUs, RealMemory, Features and Gres of the largest of them: a job that asks for more than it has is refused
+# while no node has room. Add what your nodes have besides; `rms doctor` compares.
+NodeName={SENTINEL} NodeAddr=127.0.0.1 State=FUTURE CPUs=256 RealMemory=4000000 \\
+ Gres={gres(known, gpus, "features")} \\
+ Features={names}
 """
 
 

@@ -80,9 +80,9 @@ nodes = "{root}/%n/nodes"
     hooks = {option: etc / name for option, name in site.HOOKS.items()}
     known = geometry.load(model)
     if admission == "features":
-        line = site.sentinel(known, gpus).strip().replace(" Gres=", f" Gres={others},").replace("=,", "=")
+        line = site.sentinel(known, gpus).replace(" Gres=", f" Gres={others},").replace("=,", "=")
         line = line.replace(" Features=", f" Features={features},").replace("=,", "=")
-        options["extra_conf"] = f"{line} CPUs={options.get('cpus', 16)}\n{options.get('extra_conf', '')}"
+        options["extra_conf"] = f"{line}{options.get('extra_conf', '')}"
     if admission == "extra":
         options["scheduler"] = f"{options.get('scheduler', SCHEDULER)},extra_constraints"
     gres = ",".join(filter(None, [site.gres(known, gpus, admission), others]))
