@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import stat
 import struct
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple
@@ -32,6 +34,7 @@ _KCMP = {"x86_64": 312, "aarch64": 272}
 node with many threads; elsewhere all of them are looked at."""
 _FILES = 2  # KCMP_FILES
 _MODIFY = "DeviceFileModify"
+_SETTLE_SECONDS = 2.0
 
 
 class FenceError(DeviceError):
@@ -103,24 +106,26 @@ def fence(capabilities: Sequence[Capability], uid: int | None) -> None:
 
     Raises FenceError; then the nodes may be anybody's.
     """
-    for capability in capabilities:
-        try:
-            if capability.entry:
-                _leave_alone(capability.entry, uid is None)
+    try:
+        entries = [capability.entry for capability in capabilities if capability.entry]
+        written = [entry for entry in entries if _leave_alone(entry, uid is None)]
+        if written:
+            _settle()
+        for capability in capabilities:
             _restrict(capability, uid or None)
-        except OSError as error:
-            raise FenceError(f"cannot fence {error.filename or capability.node}: {error.strerror}") from error
+    except OSError as error:
+        raise FenceError(f"cannot fence {error.filename}: {error.strerror}") from error
 
 
-def _leave_alone(entry: str, may_be_gone: bool) -> None:
-    """See to it that nvidia-modprobe does not change the node."""
+def _leave_alone(entry: str, may_be_gone: bool) -> bool:
+    """See to it that nvidia-modprobe does not change the node. Returns whether it might have until now."""
     try:
         if _modified(entry) == "0":
-            return  # as it is from the start with NVreg_ModifyDeviceFiles=0
+            return False  # as it is from the start with NVreg_ModifyDeviceFiles=0
         descriptor = os.open(entry, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         if may_be_gone:
-            return  # with the instance; then nvidia-modprobe knows no node for it
+            return False  # with the instance; then nvidia-modprobe knows no node for it
         raise
     try:
         os.write(descriptor, f"{_MODIFY}: 0\n".encode())
@@ -128,6 +133,29 @@ def _leave_alone(entry: str, may_be_gone: bool) -> None:
         os.close(descriptor)
     if _modified(entry) != "0":
         raise FenceError(f"the driver does not take {_MODIFY}: 0 in {entry}; load it with NVreg_ModifyDeviceFiles=0")
+    return True
+
+
+def _settle() -> None:
+    """Wait for what may have read an entry before it was written: a nvidia-modprobe that runs. One that a user has
+    started is ended, since the user may have stopped it to let it go on later."""
+    running = [pid for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))) if _modprobe(pid)]
+    until = time.monotonic() + _SETTLE_SECONDS
+    while running := [pid for pid in running if _modprobe(pid)]:
+        for pid in running:
+            with suppress(OSError):
+                if not roots(pid):
+                    os.kill(pid, signal.SIGKILL)
+        if time.monotonic() > until:
+            raise FenceError(f"nvidia-modprobe (process {running[0]}) does not end, and might open what is fenced")
+        time.sleep(0.001)
+
+
+def _modprobe(pid: int) -> bool:
+    try:
+        return os.readlink(f"/proc/{pid}/exe").rpartition("/")[2].partition(" ")[0] == "nvidia-modprobe"
+    except OSError:  # it has ended, or is the kernel's
+        return False
 
 
 def _modified(entry: str) -> str:

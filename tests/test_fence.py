@@ -296,6 +296,30 @@ def test_nvidia_modprobe_does_not_open_the_fence(real: Node) -> None:
     assert openers(*third) == [CAROL]
 
 
+@pytest.mark.parametrize("who", [ALICE, 0])
+def test_an_nvidia_modprobe_that_was_stopped(real: Node, fast_dir: Path, who: int) -> None:
+    """A user starts one while an instance is made, stops it after it has read the entry, and lets it go on later. One
+    of root's own just takes its time."""
+    program, nodes = fast_dir / "nvidia-modprobe", real.machine.root / "dev/nvidia-caps"
+    shutil.copy("/bin/sh", program)
+    program.chmod(0o755)
+    wait = "kill -STOP $$" if who else "sleep 0.5"
+
+    def start() -> None:
+        os.setresuid(who, 0, 0)
+        os.execv(program, [str(program), "-p", "-c", f"{wait}; chmod 444 {nodes}/*; exit 0"])
+
+    pid = child(start)
+    while not fence._modprobe(pid) or (who and Path(f"/proc/{pid}/stat").read_text().split()[2] != "T"):
+        time.sleep(0.01)
+    paths = give(real, 2, BOB, "3g")
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGCONT)
+    ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert ended == (-signal.SIGKILL if who else 0)
+    assert openers(*paths) == [BOB]
+
+
 def test_modprobe_of_the_tests_would(real: Node) -> None:
     """The judge of the test above: what it does where nothing forbids it."""
     real.configure(fence=False)
