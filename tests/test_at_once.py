@@ -47,8 +47,8 @@ def ended(pids: list[int]) -> Counter[int]:
 
 def test_sixty_four_on_eight_gpus_wait_for_the_hardware_alone(make_node: Callable[..., Node]) -> None:
     """The time is that of the busiest GPU's own operations, one after the other, and at most a quarter of it for all
-    that RMS does. The best of three counts: the machine may have something else to do."""
-    for _ in range(3):
+    that RMS does. The best of eight counts: the machine may have something else to do."""
+    for _ in range(8):
         busiest, seconds = sixty_four(make_node(gpus=list(range(8)), sim_gpus=8, deadline_seconds=60))
         assert busiest < seconds
         if seconds < 1.25 * busiest:
