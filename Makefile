@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NEWEST := tests/test_throwaway.py tests/test_ask.py tests/test_lua.py tests/test_slurm.py tests/test_watch.py
 SLURM_PACKAGES := slurm-wlm slurm-wlm-basic-plugins slurm-client munge
 
-.PHONY: demo test newest check bench bench-slurm bench-policy clean
+.PHONY: demo test newest chaos check bench bench-slurm bench-policy clean
 
 demo: $(VENV)/installed | slurm
 	$(BIN)/python tests/demo.py
@@ -20,6 +20,12 @@ newest:
 	@timeout 600 tests/newest.sh build || true
 	@if tests/newest.sh there; then tests/newest.sh run python3 -m pytest -p no:cacheprovider -m slurm $(NEWEST); \
 	else echo "rms: !!!!! NOT TESTED ON THE NEWEST SLURM: its chroot could not be made here (tests/newest.sh build) !!!!!"; fi
+
+# Everything that can go wrong on a node, at random: at least so many minutes and operations, from this seed on.
+MINUTES ?= 1
+OPERATIONS ?= 1
+chaos: $(VENV)/tools | compiler
+	$(BIN)/python tests/chaos.py --minutes $(MINUTES) --operations $(OPERATIONS) $(if $(SEED),--seed $(SEED))
 
 check: $(VENV)/tools
 	$(BIN)/ruff check .

@@ -356,21 +356,26 @@ class Controller:
 
         With `everything` all GPUs are compared with their records first, also what is not due yet.
         """
-        mended = False
+        mended = named = False
         while True:
             with self._store.open(what) as state:
                 if not state.boot_id:
                     raise Damaged("first start here, or the state is gone", state)
                 stale = state.boot_id != self._boot_id or state.managed != list(self.config.gpus)
-                stale = stale or (not mended and inventory.nameless(state, time.time(), everything))
                 stale = stale or any(gpu.left and not inventory.in_use(state, gpu) for gpu in state.gpus)
-                claim = None if stale or mended else inventory.claim(state, self._owner, time.time(), everything)
-                if not stale and claim is None:
+                nameless = not named and inventory.nameless(state, time.time(), everything)
+                known = not stale and not nameless
+                claim = inventory.claim(state, self._owner, time.time(), everything) if known and not mended else None
+                if known and claim is None:
                     yield state
                     return
                 self._store.save(state)
-            if claim is None:
+            if stale:
                 self._discover()
+            elif claim is None:
+                named = True
+                with suppress(NodeError):  # it still does not tell, and no other GPU does just now
+                    self._discover()
             else:
                 self._mend(claim)
                 mended = True
@@ -435,9 +440,14 @@ class Controller:
                 told = inventory.recover(state, self._boot_id, self.config.gpus, surveys, grants, time.time())
                 for record in state.gpus:
                     told += hardware.fence_all(self._device, state, record, record.fault, self._rehearsal)
-                for run, *_ in grants.values():
-                    if state.of_run(run) is None:
-                        self._forget(run)  # its UUIDs come back for others, whom it must not rob at the next recovery
+                # A UUID comes back for others, who must not be robbed of it at the next recovery.
+                for run, uid, request, uuids in grants.values():
+                    allocation = state.of_run(run)
+                    held = [i.uuid or "" for _, i in state.held(allocation)] if allocation else []
+                    if allocation is None:
+                        self._forget(run)
+                    elif held != list(uuids) and not self._rehearsal and not any(gpu.fault for gpu in state.gpus):
+                        grant.give(self.config.run_dir, run, uid, request, held)
                 self._store.save(state)
         for line in (*told, f"{damaged}: rebuilt from {len(gpus)} GPUs and {len(grants)} grants"):
             self._report(line)

@@ -48,6 +48,14 @@ def open_device(config: Config, boot_id: str) -> Device:
         raise NodeError(f"real GPUs need nvidia-ml-py beside RMS, pip install 'rms-mig[nvml]': {error}") from error
 
 
+class _TakenError(DeviceError):
+    """Somebody else has an instance on the place: nothing of ours is there."""
+
+    def __init__(self, error: DeviceError) -> None:
+        Exception.__init__(self, str(error))
+        self.code = error.code
+
+
 def change(
     device: Device, steps: Sequence[Step], uid: int, deadline: float, told: Callable[..., None]
 ) -> tuple[list[Outcome], dict[str, str]]:
@@ -67,7 +75,8 @@ def change(
                 fault = outcomes[-1].note
         except DeviceError as error:
             fault = str(error)
-            if step.status == "making":  # what it has left on the GPU, if anything, is ours to remove
+            if step.status == "making" and not isinstance(error, _TakenError):
+                # What it has left on the GPU, if anything, is ours to remove.
                 outcomes.append(Outcome(step.generation, None, None, None, "half-made", "half-made"))
         told(
             event={"busy": "reuse", "removing": "destroy", "making": "create"}[step.status],
@@ -101,7 +110,12 @@ def make(device: Device, step: Step) -> Outcome:
 
     Raises DeviceError.
     """
-    gi = device.create_gpu_instance(step.gpu, step.placement.profile, step.placement.start)
+    try:
+        gi = device.create_gpu_instance(step.gpu, step.placement.profile, step.placement.start)
+    except DeviceError as error:
+        if error.code != Nvml.INSUFFICIENT_RESOURCES:
+            raise
+        raise _TakenError(error) from error
     ci = None
     try:
         admit(device, step.gpu, gi, None, None)  # at once: until then nvidia-modprobe opens the node to whoever asks

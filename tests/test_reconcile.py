@@ -499,3 +499,60 @@ def test_a_gpu_of_schema_1_that_left_the_configuration(node: Node) -> None:
     state = inventory.from_json(data | {"allocations": [], "intents": [], "recent": []})
     assert state.gpus[0].left
     assert json.loads(inventory.to_json(state))["schema"] == inventory.SCHEMA
+
+
+# What chaos.py has found.
+
+
+def test_a_stranger_s_half_of_an_instance_is_not_removed_because_ours_could_not_be_made_there(node: Node) -> None:
+    """The create fails since the place is taken: what lies there without a compute instance is not ours."""
+    node.configure(gpus=[0])
+    node.acquire(1, "1g")
+    (gpu,) = open_gpus(node)
+    gi = node.device().create_gpu_instance(gpu, "1g.10gb", 5)
+    with pytest.raises(NoRoomError):
+        node.acquire(2, "1g:6")
+    assert gi in [i.gi for i in node.device().instances(gpu)]
+    assert node.statuses()["0:1g.10gb@5:1"] == "quarantined"
+    node.device().destroy_gpu_instance(gpu, gi)
+    node.reconcile()
+    node.check_empties()
+
+
+def test_a_run_ends_while_no_gpu_answers_and_one_has_never_told_its_uuid(fast_dir: Path) -> None:
+    node = Node(fast_dir / "node", "nvml")
+    node.lose(0)
+    node.acquire(1, "1g")
+    node.lose(1)
+    node.release(1)
+    assert node.state().allocations == []
+    node.machine.mend()
+    node.reconcile()
+    node.check_empties()
+
+
+def test_a_run_that_has_lost_half_of_what_it_had_robs_nobody_when_the_state_is_lost_twice(node: Node) -> None:
+    """The UUID of the lost instance comes back for the run that gets its place."""
+    node.configure(gpus=[0])
+    one, two = node.acquire(1, "3g,2g")
+    device = node.device()
+    gi = next(i.gi for i in device.instances(one.gpu) if i.uuid == one.uuid)
+    device.destroy_compute_instance(one.gpu, gi, 0)
+    device.destroy_gpu_instance(one.gpu, gi)
+
+    def lose_state() -> None:
+        for name in ("state.json", "state.json.previous"):
+            (node.root / "state" / name).write_text("damaged")
+        node.reconcile()
+
+    lose_state()
+    (three,) = node.acquire(2, "3g")
+    assert three.uuid == one.uuid
+    aside = node.marker(1).with_name("aside")  # whichever is read first: a file that is new is, in memory
+    node.marker(1).rename(aside)
+    aside.rename(node.marker(1))
+    lose_state()
+    state = node.state()
+    held = {a.run.job: [i.uuid for _, i in state.held(a)] for a in state.allocations}
+    assert held == {1: [two.uuid], 2: [three.uuid]}
+    node.check_empties()
