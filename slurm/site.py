@@ -23,6 +23,7 @@ SETTINGS = "slurm.conf.rms"
 SENTINEL = "rmsfit"
 """The node that is never there: it has every name that a node may publish, or slurmctld would refuse the jobs that ask
 for one which no node publishes just now."""
+HEALTH_CHECK = "healthcheck"
 HOOKS = {"Prolog": "prolog", "Epilog": "epilog", "TaskProlog": "task_prolog"}
 
 
@@ -60,7 +61,7 @@ def files(
         "@BIN@": shlex.quote(os.path.dirname(_which("scontrol"))),
         "@DIR@": directory,
     }
-    made = {name: _fill(name, values) for name in (*HOOKS.values(), "job_submit.lua", "rms.lua")}
+    made = {name: _fill(name, values) for name in (*HOOKS.values(), HEALTH_CHECK, "job_submit.lua", "rms.lua")}
     made["rms_table.lua"] = table(known, gpus, admission, preempting)
     made[SETTINGS] = settings(known, gpus, nodes, directory, admission)
     return made
@@ -83,7 +84,10 @@ def settings(known: Geometry, gpus: int, nodes: str, directory: str, admission: 
 GresTypes={types}
 JobSubmitPlugins=lua
 PrologFlags=Alloc,Contain
-{scheduling[admission]}{hooks}# on the line of these nodes, beside what it says of CPUs and memory:
+{scheduling[admission]}{hooks}# or called from a health check of the site's own:
+HealthCheckProgram={os.path.join(directory, HEALTH_CHECK)}
+HealthCheckInterval=300
+# on the line of these nodes, beside what it says of CPUs and memory:
 NodeName={nodes} Gres={gres(known, gpus, admission)}
 """ + (sentinel(known, gpus) if admission == "features" else "")
 
@@ -176,7 +180,7 @@ def write(made: Mapping[str, str], directory: str) -> None:
             path = os.path.join(directory, name)
             with open(path, "w", encoding="utf-8") as file:
                 file.write(text)
-            os.chmod(path, 0o755 if name in HOOKS.values() else 0o644)
+            os.chmod(path, 0o755 if name in (*HOOKS.values(), HEALTH_CHECK) else 0o644)
     except OSError as error:
         raise NodeError(f"cannot write to {directory}: {error.strerror}") from error
 

@@ -27,7 +27,8 @@ SHOW = 'echo "$SLURM_LOCALID ${CUDA_VISIBLE_DEVICES-unset} ${NVIDIA_VISIBLE_DEVI
 @pytest.fixture(scope="module")
 def slurm(slurm_root: Path) -> Iterator[Cluster]:
     """One node with two GPUs, so that a test can fill it. Credentials live 5 s, the least that Slurm takes."""
-    options = "LaunchParameters=use_interactive_step"
+    options = "LaunchParameters=use_interactive_step\n"
+    options += f"HealthCheckProgram={slurm_root}/etc/healthcheck\nHealthCheckInterval=3600"
     with rms_cluster(slurm_root, nodes=1, create=0.02, destroy=0.02, settings="interactive_wait_seconds = 8",
                      cred_expire=5, extra_conf=options) as cluster:  # fmt: skip
         yield cluster
@@ -379,6 +380,16 @@ def test_slurm_config_prints_what_a_site_needs(slurm: Cluster) -> None:
         "-m slurm.hook prolog",
     ):
         assert part in printed
+
+
+def test_the_health_check_gives_back_what_no_epilog_has(slurm: Cluster) -> None:
+    """A run that Slurm never had here. slurmd runs the health check when it starts, too."""
+    controller = ["env", f"RMS_CONFIG={slurm.etc}/rms.toml", "SLURMD_NODENAME=n1", sys.executable, "-m", "controller"]
+    slurm.run(*controller, "acquire", "--job=900003", "--restart=0", "--uid=0", "--request=1g", "--cluster=test")
+    assert busy(slurm) == ["900003.0"]
+    slurm.restart_slurmd("n1")
+    slurm.wait(lambda: busy(slurm) == [], 60, "the health check")
+    assert slurm.node_states()["n1"].state == "idle"
 
 
 def test_reconcile_takes_slurm_s_word(slurm: Cluster) -> None:
