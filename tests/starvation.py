@@ -54,7 +54,7 @@ def run(root: Path, admission: str, watched: bool, seconds: float, before: int) 
         if watched:
             service.terminate()
             said = service.communicate(timeout=20)[1].splitlines()
-        refused = (root / "n1" / "audit.jsonl").read_text().count('"event":"refused"')
+        refused = (root / "n1" / "audit.jsonl").read_text().count('"event": "refused"')
     waits = {job: found[job].start - when for job, (when, _) in submitted.items()}
     large = next(job for job, (_, slices) in submitted.items() if slices == 7)
     busy = sum((r.end - r.start) * submitted[job][1] for job, r in found.items())
