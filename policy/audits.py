@@ -81,6 +81,7 @@ class Reader:
         self.granted: dict[Run, tuple[float, tuple[str, ...]]] = {}
         self.ended: dict[Run, float] = {}
         self._held: dict[str, dict[Placement, Run]] = {}
+        self._places: dict[Run, list[Place]] = {}
         self._robbed: dict[Run, Run] = {}
         self._dropped: set[Run] = set()
 
@@ -103,9 +104,9 @@ class Reader:
             run = _run(entry)
             if run in self.granted and run not in self.ended:
                 self.ended[run] = t
-                for held in self._held.values():
-                    for place in [p for p, owner in held.items() if owner == run]:
-                        del held[place]
+                for gpu, place in self._places.pop(run):
+                    if self._held[gpu].get(place) == run:
+                        del self._held[gpu][place]
                 if thief := self._robbed.pop(run, None):  # it was there until now, so the other one can't have been
                     self._dropped |= {run, thief}
                     raise FalseError("jobs on slices that another one had")
@@ -134,6 +135,7 @@ class Reader:
                 self._robbed[held.pop(other)] = run
             held[place] = run
             self.gpus.add(gpu)
+        self._places[run] = places
         self.granted[run] = (t, profiles)
 
     def result(self) -> Logs:

@@ -8,3 +8,5 @@ CHECKS = range(3_000_000, 4_000_000)
 """For tests of the code."""
 USERS = range(4_000_000, 5_000_000)
 """For `rms simulate`."""
+LEARNING = range(5_000_000, 6_000_000)
+"""For `rms learn`: what it draws from a log, and the made-up jobs on which a challenger must not be worse."""

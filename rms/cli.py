@@ -162,6 +162,19 @@ def _parser() -> argparse.ArgumentParser:
             part.add_argument("--json", action="store_true", help="everything, as one JSON object")
         _node_options(part)
 
+    verb = verbs.add_parser(
+        "learn",
+        allow_abbrev=False,
+        help="a better model from the audit logs, if they show that it is (docs/learning.md)",
+    )
+    verb.set_defaults(verb=learn)
+    verb.add_argument("logs", nargs="*", metavar="LOG", help="audit logs of one node or many (default: this node's)")
+    verb.add_argument("--dry-run", action="store_true", help="change nothing, say what would have been done")
+    verb.add_argument("--json", action="store_true", help="everything, as one JSON object")
+    verb.add_argument("--rounds", type=int, default=12, metavar="N", help="how long to train (default: %(default)s)")
+    verb.add_argument("--seed", type=int, default=0, metavar="N", help="of the training")
+    _node_options(verb)
+
     verb = verbs.add_parser("train", allow_abbrev=False, help="train a policy for a GPU model; needs rms-mig[train]")
     verb.set_defaults(verb=train)
     verb.add_argument("--config", required=True, metavar="FILE", help="such as policy/configs/slots8.toml")
@@ -506,6 +519,38 @@ def policy_rollback(options: argparse.Namespace) -> int:
     name = shelf.rollback()
     _swapped(settings, shelf, "rollback", before)
     print(f"{name} decides from now on, and no longer {before}")
+    return 0
+
+
+def learn(options: argparse.Namespace) -> int:
+    """Learn from audit logs; swap models where that is shown to be better."""
+    import json
+    import time
+
+    if not (0 <= options.rounds <= 1000 and 0 <= options.seed < 1000):
+        return _fail("--rounds is from 0 to 1000, --seed from 0 to 999", 2)
+    try:
+        from policy import learn as learning
+    except ModuleNotFoundError as error:
+        if error.name not in ("numpy", "numba"):
+            raise
+        return _fail(f"rms learn needs {error.name}, which is not installed: pip install numpy numba", 1)
+    settings = _settings(options)
+    shelf = _shelf(settings)
+    before = shelf.in_use()
+    with _progress() as progress:
+        told = learning.learn(
+            options.logs or [settings.audit_log],
+            shelf,
+            time.time(),
+            options.rounds,
+            options.seed,
+            options.dry_run,
+            progress,
+        )
+    if shelf.in_use() != before:
+        _swapped(settings, shelf, "learn", before)
+    print(json.dumps(told, indent=2) if options.json else learning.describe(told))
     return 0
 
 
