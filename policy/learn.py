@@ -22,7 +22,7 @@ import numpy.typing as npt
 import rms
 from policy import audits, evaluate, model, seeds, simulator, transitions, workload
 from policy.audits import Logs
-from policy.model import Model, ModelError
+from policy.model import Model, ModelError, Times
 from policy.shelf import Shelf
 from policy.simulator import Node, simulate
 from policy.study import DEPTH, first_rows
@@ -258,17 +258,18 @@ def train(log: Log, first: int, starts: Sequence[Model], rounds: int, seed: int,
     odds = trusted(log.users[:first])
     at = float(np.clip(load(log, part), 0.5, 0.95))
 
-    def waits(of: Model, streams: Sequence[Jobs]) -> float:
+    def fresh() -> list[tuple[Jobs, Times]]:
+        made = [drawn(rng, log, heads, odds, LENGTH, at) for _ in range(STREAMS)]
+        known = [evaluate.told(starts[0], jobs) for jobs in made]
+        return [(evaluate.without_usual(jobs, of.usual), of) for jobs, of in zip(made, known, strict=True)]
+
+    def waits(of: Model, streams: Sequence[tuple[Jobs, Times]]) -> float:
         total = 0.0
-        for jobs in streams:
-            known = np.isfinite(jobs.limit)
-            unit = float(jobs.limit[known].mean()) if known.any() else 0.0
-            w = simulate(t, node, evaluate.learned(log.moves, seen, of, unit), jobs)
+        for jobs, known in streams:
+            theirs = known._replace(rate=known.rate * of.foresight / (starts[0].foresight or 1.0))
+            w = simulate(t, node, evaluate.learned(log.moves, seen, of, theirs), jobs)
             total += float((w.start - jobs.submit).mean())
         return total
-
-    def fresh() -> list[Jobs]:
-        return [drawn(rng, log, heads, odds, LENGTH, at) for _ in range(STREAMS)]
 
     streams = fresh()
     start = min(starts, key=lambda of: waits(of, streams))
@@ -373,10 +374,10 @@ def suite(moves: Transitions, champion: Model, challenger: Model) -> dict[str, f
     for number, name in enumerate(workload.MIXES):
         mix = workload.mix(name, moves)
         jobs = workload.stream(moves, seeds.LEARNING[-1 - number], SUITE_JOBS, mix, 0.8, 8, limit="1to3")
-        unit = float(jobs.limit.mean())
         used, other = (
-            float((simulate(t, node, evaluate.learned(moves, mix, of, unit), jobs).start - jobs.submit).mean())
+            float((simulate(t, node, evaluate.learned(moves, mix, of, known), jobs).start - jobs.submit).mean())
             for of in (champion, challenger)
+            for known in [evaluate.told(of, jobs)]
         )
         found[name] = 100 * (other / used - 1)
     return found
