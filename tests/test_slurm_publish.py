@@ -33,7 +33,7 @@ def healthy(slurm: RmsCluster) -> Iterator[None]:
     """After each test both nodes are idle, not drained, and say that everything fits."""
     yield
     slurm.cancel_all()
-    slurm.wait(lambda: not slurm.queue(), 60, "every job is over")
+    slurm.wait_all(60)
     slurm.wait(lambda: {tuple(s) for s in slurm.node_states().values()} == {("idle", "")}, 30, "both are idle")
     slurm.wait(lambda: all("rms_7g.80gb_2" in features(slurm, node) for node in slurm.nodes), 60, "all fits again")
 
