@@ -38,7 +38,7 @@ bench: $(VENV)/tools
 # The modes of admission side by side on a throw-away Slurm: about ten minutes.
 bench-slurm: $(VENV)/tools | slurm
 	$(BIN)/python benchmarks/slurm_modes.py --write
-	$(BIN)/python benchmarks/starvation.py
+	$(BIN)/python benchmarks/starvation.py --write
 
 bench-policy: $(VENV)/tools
 	$(BIN)/python benchmarks/policy_targets.py --write $(QUICK)

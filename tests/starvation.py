@@ -26,11 +26,6 @@ class Waits(NamedTuple):
     refused: int
     said: list[str]
 
-    @property
-    def row(self) -> str:
-        """For a table."""
-        return f"{self.large:5.1f} s | {self.small:5.1f} s | {self.used:4.0%} | {self.jobs} | {self.refused}"
-
 
 def run(root: Path, admission: str, watched: bool, seconds: float, before: int) -> Waits:
     """1g jobs of 5 to 8 s, one each 0.6 s, for so many seconds; the 7g comes after `before` of them. All have a time
