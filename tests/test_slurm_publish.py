@@ -108,9 +108,9 @@ def count(slurm: RmsCluster) -> int:
 
 def test_what_is_not_ours_stays_as_slurm_conf_has_it(slurm: RmsCluster) -> None:
     before = record(slurm, "n1")
-    whole = slurm.sbatch("sleep 30", "--gres=gpu:a100:1", "-wn1", user=slurm.users[1])
+    whole = slurm.sbatch("sleep 600", "--gres=gpu:a100:1", "-wn1", user=slurm.users[1])
     running(slurm, whole)
-    job = slurm.sbatch("sleep 30", "--gres=mig:7g", "-C", "ib|old", "-x", "n2", user=slurm.users[0])
+    job = slurm.sbatch("sleep 600", "--gres=mig:7g", "-C", "ib|old", "-x", "n2", user=slurm.users[0])
     running(slurm, job)
     slurm.wait(lambda: "rms_7g.80gb_2" not in features(slurm, "n1"), 60, "published")
     after = record(slurm, "n1")
@@ -170,7 +170,7 @@ def test_a_job_for_a_certain_node_is_taken_while_that_has_no_room(slurm: RmsClus
 
 def test_users_cannot_get_past_it(slurm: RmsCluster) -> None:
     user = slurm.users[0]
-    full = [slurm.sbatch("sleep 60", "--gres=mig:7g:2", user=slurm.users[1]) for _ in slurm.nodes]
+    full = [slurm.sbatch("sleep 600", "--gres=mig:7g:2", user=slurm.users[1]) for _ in slurm.nodes]
     for job in full:
         running(slurm, job)
     job = slurm.sbatch("true", "--gres=mig:3g", user=user)
