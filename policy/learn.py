@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from math import isfinite, sqrt
 from statistics import NormalDist
 from typing import Any, NamedTuple
@@ -130,7 +131,10 @@ def learn(
     attempts = 1 + sum(now - YEAR < t for t in shelf.history().attempts)
     if not dry:
         shelf.tried(now)
-    data = train(log, first, [model.load(shelf.geometry), champion], rounds, seed, progress)
+    starts = [champion]
+    with suppress(ModelError):  # boards for which none is shipped
+        starts.insert(0, model.load(shelf.geometry))
+    data = train(log, first, starts, rounds, seed, progress)
     challenger = model.unpack(data, shelf.geometry)
     waits = [replay(log, of, progress) for of in (champion, challenger)]
     pairs = paired(log, first, *waits)
