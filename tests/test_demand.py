@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from conftest import Node
+from conftest import Node, run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -205,3 +206,19 @@ def test_without_a_message_the_file_goes(node: Node) -> None:
     demand.save(node.config.state_dir, "rack 7")
     assert demand.load(node.config.state_dir, 0) is None
     demand.save(node.config.state_dir, "rack 7")
+
+
+def test_the_policy_sees_what_waits(node: Node) -> None:
+    seen: list[View] = []
+
+    def choose(view: View, asked: planner.Asked, candidates: Sequence[planner.Candidate]) -> planner.Choice:
+        seen.append(view)
+        return planner.built_in(view, asked, candidates)
+
+    local = node.controller(choose)
+    local.acquire(run(1), 1000, "1g", 1, None)
+    waiting = (Waiting("3g.40gb:1", 2, 5, 100), Waiting("9g.99gb:1", 1, 0, 100))
+    demand.save(node.config.state_dir, str(Told(int(time.time()) + 60, waiting=waiting)))
+    local.acquire(run(2), 1000, "1g", 1, None)
+    assert seen[0].pending is None, "nobody has told"
+    assert seen[1].pending == (planner.Demand(100.0, Request((("3g.40gb", 1),)), 300.0),) * 2
