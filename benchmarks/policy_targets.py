@@ -1,39 +1,89 @@
 """How good the shipped policy is: the tables of docs/policy.md.
 
-    python benchmarks/policy_targets.py [exact] [queue] [hyper] [reuse] [--quick] [--write]
+    python benchmarks/policy_targets.py [PART ...] [--quick] [--write]
 
-Seeds of the test range, paired; intervals are 95 %. The policy sees what a node sees: the shares of its last requests
-beside the shipped prior, and time limits; a column with the true mix shows what the estimate costs.
-`--quick` takes 2 GPUs and short streams; `--write` puts the tables into docs/policy.md.
+Without a part all of them are measured, in the order of `PARTS`. Seeds of the test range, paired; intervals are 95 %.
+The policy sees what a node sees: demand and times as estimated from its own past, started from the shipped prior; a
+column with the true mix shows what the estimate costs. `--quick` takes few GPUs and short streams; `--write` puts the
+tables into docs/policy.md, each part in its place.
 """
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from policy import baselines, evaluate, exact, model, seeds, simulator, transitions, workload
-from policy.simulator import Node, simulate
+from policy import baselines, bounds, evaluate, exact, model, seeds, simulator, transitions, workload
+from policy.model import Model
+from policy.simulator import Node, Tables, World, simulate
+from policy.transitions import Transitions
+from policy.workload import Floats, Jobs
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs/policy.md"
-MARK = "<!-- What follows is written by benchmarks/policy_targets.py --write. -->\n"
-A100 = transitions.load("A100-80GB")
-TABLES = simulator.tables("A100-80GB")
-SHIPPED = model.load(A100.geometry)
 LOADS = (0.6, 0.9)
-STUDENT = {2: 4.30, 5: 2.57}
+STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 5: 2.57}
 """Student's t, 95 %, by degrees of freedom."""
+TOLD = ("uniform", "skew-small", "skew-big", "bimodal")
 
 
-def interval(differences: list[float]) -> str:
+class Board(NamedTuple):
+    """A GPU model with what simulating it needs."""
+
+    moves: Transitions
+    t: Tables
+    of: Model
+
+
+def board(name: str) -> Board:
+    """By the model's name."""
+    moves = transitions.load(name)
+    return Board(moves, simulator.tables(name), model.load(moves.geometry))
+
+
+A100 = board("A100-80GB")
+
+
+def streams(
+    b: Board, quick: bool, shares: Floats, load: float, gpus: int, service: str = "exponential", limit: str = "1to3"
+) -> list[Jobs]:
+    """Six streams of 60,000 jobs from the test range."""
+    count, each = (2, 4_000) if quick else (6, 60_000)
+    return [workload.stream(b.moves, s, each, shares, load, gpus, service, limit) for s in seeds.TEST[:count]]
+
+
+def wait(jobs: Jobs, w: World) -> Floats:
+    """The waits after a warm-up."""
+    return np.asarray((w.start - jobs.submit)[len(w.start) // 20 :])
+
+
+def accepted(b: Board, jobs: Jobs, w: World) -> float:
+    """Accepted memory slices in percent of the offered, after a warm-up."""
+    cut = slice(len(w.gpu) // 20, None)
+    slices = b.t.profile_memory[jobs.profile][cut]
+    return float(100 * (slices * (w.gpu >= 0)[cut]).sum() / slices.sum())
+
+
+def own(b: Board, node: Node, jobs: Jobs, pending: bool = False, of: Model | None = None, turn: int = 16) -> World:
+    """The shipped policy, as on a node."""
+    return evaluate.simulate_estimating(b.moves, b.t, node, of or b.of, jobs, pending, turn)
+
+
+def percent(found: Sequence[float], base: Sequence[float]) -> str:
+    """How much more in percent, with its interval."""
+    return interval([100 * (x / y - 1) for x, y in zip(found, base, strict=True)])
+
+
+def interval(differences: Sequence[float], digits: int = 1) -> str:
     """Mean and half-width."""
     count = len(differences)
     half = STUDENT[count - 1] * float(np.std(differences, ddof=1)) / count**0.5
-    return f"{np.mean(differences):+.1f} ± {half:.1f}"
+    return f"{np.mean(differences):+.{digits}f} ± {half:.{digits}f}"
 
 
 def exactly(quick: bool) -> Iterator[str]:
@@ -41,81 +91,262 @@ def exactly(quick: bool) -> Iterator[str]:
     yield "### Loss mode, exact: share of the gap from MFI to the optimum that is closed, in percent\n"
     yield "| GPUs | mix | load | MFI | optimum | gap, points | closed | with the true mix |"
     yield "|---|---|---|---|---|---|---|---|"
+    moves, t, of = A100
     for gpus in (2,) if quick else (2, 3):
-        for name in workload.MIXES:
-            shares = workload.mix(name, A100)
+        for name in TOLD[: 1 if quick else None]:
+            shares = workload.mix(name, moves)
             for load in LOADS:
-                best = exact.optimum(A100, gpus, shares, load).acceptance
-                mfi = exact.evaluate(A100, gpus, shares, load, baselines.mfi(A100, shares)).acceptance
-                seen = evaluate.converged(A100, TABLES, gpus, SHIPPED, shares, load, seeds.TEST[0])
+                best = exact.optimum(moves, gpus, shares, load).acceptance
+                mfi = exact.evaluate(moves, gpus, shares, load, baselines.mfi(moves, shares)).acceptance
+                seen = evaluate.converged(moves, t, gpus, of, shares, load, seeds.TEST[0])
                 closed = []
                 for mix in (seen, shares):
-                    reached = exact.evaluate(A100, gpus, shares, load, evaluate.learned(A100, mix)).acceptance
+                    reached = exact.evaluate(moves, gpus, shares, load, evaluate.learned(moves, mix)).acceptance
                     closed.append(f"{100 * (reached - mfi) / (best - mfi):.0f}")
                 gap = f"{100 * mfi:.2f} | {100 * best:.2f} | {100 * (best - mfi):.2f}"
                 yield f"| {gpus} | {name} | {load} | {gap} | {closed[0]} | {closed[1]} |"
 
 
-def queue(quick: bool, service: str) -> Iterator[str]:
+def queue(quick: bool, service: str, b: Board = A100) -> Iterator[str]:
     """Waits at 8 GPUs."""
-    count, jobs_each = (3, 20_000) if quick else (6, 60_000)
-    yield f"### 8 GPUs, load 0.8, {service}, greedy backfill without reservation: waits against MFI, in percent\n"
-    yield "| mix | limits | mean wait | with the true mix | 7g p95 | worst profile's mean | worst p95 |"
+    yield (
+        f"### {b.moves.geometry.model}: 8 GPUs, load 0.8, {service}, greedy backfill without reservation: "
+        "waits against MFI, in percent\n"
+    )
+    yield "| mix | limits | mean wait | with the true mix | largest p95 | worst profile's mean | worst p95 |"
     yield "|---|---|---|---|---|---|---|"
     node = Node(8, depth=300)
-    for name in workload.MIXES:
-        shares = workload.mix(name, A100)
+    for name in TOLD[: 1 if quick else None]:
+        shares = workload.mix(name, b.moves)
         for limit in ("exact", "1to3", "none"):
             mean, true, whole, means, tails = [], [], [], [], []
-            for seed in seeds.TEST[:count]:
-                jobs = workload.stream(A100, seed, jobs_each, shares, 0.8, 8, service, limit)
-                worlds = (
-                    simulate(TABLES, node, baselines.mfi(A100, shares), jobs),
-                    simulate(TABLES, node, evaluate.learned(A100, shares, known=evaluate.told(SHIPPED, jobs)), jobs),
-                    evaluate.simulate_estimating(A100, TABLES, node, SHIPPED, jobs, pending=False),
+            for jobs in streams(b, quick, shares, 0.8, 8, service, limit):
+                known = evaluate.told(b.of, jobs)
+                base, given, ours = (
+                    wait(jobs, w)
+                    for w in (
+                        simulate(b.t, node, baselines.mfi(b.moves, shares), jobs),
+                        simulate(b.t, node, evaluate.learned(b.moves, shares, b.of, known), jobs),
+                        own(b, node, jobs),
+                    )
                 )
-                cut = slice(jobs_each // 20, None)
-                base, given, own = ((w.start - jobs.submit)[cut] for w in worlds)
-                kinds = [jobs.profile[cut] == p for p in range(len(shares))]
-                mean.append(100 * (own.mean() / base.mean() - 1))
+                kinds = [jobs.profile[-len(base) :] == p for p in range(len(shares))]
+                mean.append(100 * (ours.mean() / base.mean() - 1))
                 true.append(100 * (given.mean() / base.mean() - 1))
-                means.append([100 * (own[kind].mean() / base[kind].mean() - 1) for kind in kinds])
+                means.append([100 * (ours[kind].mean() / base[kind].mean() - 1) for kind in kinds])
                 tails.append(
-                    [100 * (np.quantile(own[k], 0.95) / max(np.quantile(base[k], 0.95), 0.05) - 1) for k in kinds]
+                    [100 * (np.quantile(ours[k], 0.95) / max(np.quantile(base[k], 0.95), 0.05) - 1) for k in kinds]
                 )
                 whole.append(tails[-1][-1])
             worst = [
-                f"{np.mean(found, axis=0).max():+.0f} ({A100.profiles[int(np.mean(found, axis=0).argmax())][:2]})"
+                f"{np.mean(found, axis=0).max():+.0f} ({b.moves.profiles[int(np.mean(found, axis=0).argmax())][:2]})"
                 for found in (means, tails)
             ]
             figures = " | ".join([interval(mean), interval(true), interval(whole), *worst])
             yield f"| {name} | {limit} | {figures} |"
 
 
+def admissions(quick: bool) -> Iterator[str]:
+    """Under a reservation, with the queue known, with jobs of several instances."""
+    yield "### Variants: 8 GPUs, load 0.8, exponential, limits 1 to 3 times too long; wait against MFI, percent\n"
+    yield "| mix | with a reservation for the 7g | the queue known | one in ten asks for two instances |"
+    yield "|---|---|---|---|"
+    for name in TOLD[: 1 if quick else None]:
+        shares = workload.mix(name, A100.moves)
+        mfi = baselines.mfi(A100.moves, shares)
+        cells = []
+        for reserve, pending, pairs in ((True, False, 0.0), (False, True, 0.0), (False, False, 0.1)):
+            node = Node(8, depth=300, reserve=reserve)
+            found, base = [], []
+            for i, single in enumerate(streams(A100, quick, shares, 0.8, 8)):
+                rng = np.random.default_rng(seeds.TEST[1000 + i])
+                jobs = workload.paired(rng, single, A100.moves, shares, pairs) if pairs else single
+                found.append(float(wait(jobs, own(A100, node, jobs, pending)).mean()))
+                base.append(float(wait(jobs, simulate(A100.t, node, mfi, jobs)).mean()))
+            cells.append(percent(found, base))
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
+def uninformative(quick: bool) -> Iterator[str]:
+    """Limits that say little or nothing."""
+    kinds = ("1to10", "rounded", "some", "default")
+    yield "### 8 GPUs, load 0.8, exponential: mean wait against the same model without times, percent\n"
+    yield "| mix | 1 to 10 times too long | rounded up to 0.5, 1, 2, 5, ... | a third has none | partition's default |"
+    yield "|---|---|---|---|---|"
+    node = Node(8, depth=300)
+    for name in TOLD[: 1 if quick else None]:
+        shares = workload.mix(name, A100.moves)
+        cells = []
+        for kind in kinds:
+            found, base = [], []
+            for jobs in streams(A100, quick, shares, 0.8, 8, limit=kind):
+                blind = jobs._replace(limit=np.full(len(jobs.limit), workload.UNKNOWN))
+                found.append(float(wait(jobs, own(A100, node, jobs)).mean()))
+                base.append(float(wait(jobs, own(A100, node, blind)).mean()))
+            cells.append(percent(found, base))
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
+def ablation(quick: bool) -> Iterator[str]:
+    """What each part adds."""
+    yield "### What each part adds: 8 GPUs, load 0.8, limits 1 to 3 times too long; wait against MFI, percent\n"
+    yield "| | " + " | ".join(TOLD) + " |"
+    yield "|---|" + "---|" * len(TOLD)
+    moves, t, of = A100
+    node = Node(8, depth=300)
+    half = len(of.layers[-1][1]) // 2
+    rows, biases = of.layers[-1]
+    # The value that was learned against exact solutions, in the place of the one that was learned by playing.
+    anchor = of._replace(layers=[*of.layers[:-1], ([*rows[:half], *rows[:half]], [*biases[:half], *biases[:half]])])
+    prior = np.array(of.prior)
+
+    def wordly(jobs: Jobs) -> model.Times:
+        return evaluate.told(anchor, jobs)._replace(ratios=(1.0,))
+
+    parts: dict[str, Callable[[Jobs], World]] = {
+        "one table of values, no demand, no times": lambda j: simulate(t, node, evaluate.learned(moves, prior, of), j),
+        "+ times, limits at their word": lambda j: simulate(
+            t, node, evaluate.learned(moves, prior, anchor, wordly(j)), j
+        ),
+        "+ what part of their limits jobs use": lambda j: simulate(
+            t, node, evaluate.learned(moves, prior, anchor, evaluate.told(anchor, j)), j
+        ),
+        "+ demand, estimated": lambda j: own(A100, node, j, of=anchor),
+        "+ values learned by playing (what ships)": lambda j: own(A100, node, j),
+        "+ the queue known": lambda j: own(A100, node, j, pending=True),
+    }
+    cells: dict[str, list[str]] = {name: [] for name in parts}
+    for name in TOLD:
+        shares = workload.mix(name, moves)
+        jobs = streams(A100, quick, shares, 0.8, 8)
+        base = [float(wait(j, simulate(t, node, baselines.mfi(moves, shares), j)).mean()) for j in jobs]
+        for part, play in parts.items():
+            cells[part].append(percent([float(wait(j, play(j)).mean()) for j in jobs], base))
+    for part, found in cells.items():
+        yield f"| {part} | {' | '.join(found)} |"
+
+
+def held_out(quick: bool) -> Iterator[str]:
+    """Mixes, loads, sizes and services that nobody trained for."""
+    yield "### Held out: 40 mixes none of which is within 0.15 (L1) of a training mix, loads 0.4 to 1.1, 1 to 32 GPUs\n"
+    yield "| service | GPUs | cases | median gain | worst | below MFI | by more than 0.2 points |"
+    yield "|---|---|---|---|---|---|---|"
+    rng = np.random.default_rng(seeds.TEST[5000])
+    trained = training_mixes()
+    mixes: list[Floats] = []
+    while len(mixes) < (3 if quick else 40):
+        drawn = rng.dirichlet(np.ones(6))
+        if np.abs(trained - drawn).sum(axis=1).min() > 0.15:
+            mixes.append(drawn)
+    gains: dict[tuple[str, str], list[float]] = {}
+    for i, shares in enumerate(mixes):
+        for service in ("exponential", "hyperexponential", "lognormal"):
+            gpus, load = int(rng.choice([1, 2, 4, 8, 16, 32])), float(rng.uniform(0.4, 1.1))
+            limit = str(rng.choice(["exact", "1to3", "none"]))
+            differences = []
+            for seed in seeds.TEST[6000 + 10 * i :][: 1 if quick else 4]:
+                jobs = workload.stream(A100.moves, seed, 4_000 if quick else 40_000, shares, load, gpus, service, limit)
+                mfi = simulate(A100.t, Node(gpus), baselines.mfi(A100.moves, shares), jobs)
+                differences.append(
+                    accepted(A100, jobs, own(A100, Node(gpus), jobs, turn=64)) - accepted(A100, jobs, mfi)
+                )
+            size = "1" if gpus == 1 else "2 and 4" if gpus < 8 else "8 to 32"
+            gains.setdefault((service, size), []).append(float(np.mean(differences)))
+    everything = [gain for found in gains.values() for gain in found]
+    rows = [(*key, gains[key]) for key in sorted(gains)] + [("all", "all", everything)]
+    for service, size, found in rows:
+        below, far = np.mean(np.array(found) < 0), int((np.array(found) < -0.2).sum())
+        figures = f"{np.median(found):+.2f} | {min(found):+.2f} | {100 * below:.0f} % | {far}"
+        yield f"| {service} | {size} | {len(found)} | {figures} |"
+
+
+def training_mixes() -> Floats:
+    """Every mix that the shipped model has seen in training."""
+    from policy import train
+
+    config, seed = A100.of.manifest["made"]["config"], A100.of.manifest["made"]["seed"]
+    found = [shares for _, shares, _ in train.demands(config, A100.moves, seed)]
+    for step in range(config["playing"]["steps"]):
+        found.append(train.draw(config["playing"], A100.moves, step, train.dice(seed, step)).shares)
+    return np.array(found)
+
+
+def elastic(quick: bool) -> Iterator[str]:
+    """An elastic pool: an empty GPU is taken only when nothing else fits."""
+    yield "### Elastic pool, load of 8 GPUs, limits 1 to 3 times too long: time-average of non-empty GPUs\n"
+    yield "| mix | MFI | best baseline | learned | learned less best baseline | repacking bound |"
+    yield "|---|---|---|---|---|---|"
+    b, node = A100, Node(60, depth=300, elastic=True)
+    without = np.array([0.2, 0.2, 0.2, 0.2, 0.2, 0.0])
+    for name, shares in [*((n, workload.mix(n, b.moves)) for n in ("uniform", "skew-small")), ("without 7g", without)]:
+        jobs = streams(b, quick, shares, 0.8, 8)[:3]
+
+        def needed(w: World) -> float:
+            return float(w.clock[simulator.GPU_TIME] / w.clock[simulator.NOW])
+
+        found: dict[str, list[float]] = {}
+        for rule, make in baselines.ALL.items():
+            found[rule] = [needed(simulate(b.t, node, make(b.moves, shares), j)) for j in jobs]
+        ours = [needed(own(b, node, j)) for j in jobs]
+        best = min(found, key=lambda rule: float(np.mean(found[rule])))
+        bound = np.mean([bounds.fewest_gpus(b.moves, j) for j in jobs])
+        less = interval([x - y for x, y in zip(ours, found[best], strict=True)], 2)
+        figures = f"{np.mean(found['MFI']):.2f} | {np.mean(found[best]):.2f} ({best}) | {np.mean(ours):.2f}"
+        yield f"| {name} | {figures} | {less} | {bound:.2f} |"
+
+
+def large(quick: bool) -> Iterator[str]:
+    """A hundred GPUs."""
+    yield "### 100 GPUs, loss mode, without limits: accepted memory slices, points above MFI\n"
+    yield "| mix | load | MFI | best baseline | learned | learned less best baseline |"
+    yield "|---|---|---|---|---|---|"
+    b, node = A100, Node(10 if quick else 100)
+    strong = [n for n in baselines.ALL if n not in ("random", "worst-fit", "first-fit low", "NVIDIA's order")]
+    for name in TOLD[: 1 if quick else None]:
+        shares = workload.mix(name, b.moves)
+        for load in (0.85, 0.95):
+            jobs = streams(b, quick, shares, load, node.gpus, limit="none")[:3]
+            found = {
+                rule: [accepted(b, j, simulate(b.t, node, baselines.ALL[rule](b.moves, shares), j)) for j in jobs]
+                for rule in strong
+            }
+            ours = [accepted(b, j, own(b, node, j, turn=64)) for j in jobs]
+            best = max(found, key=lambda rule: float(np.mean(found[rule])))
+            mfi = float(np.mean(found["MFI"]))
+            less = interval([x - y for x, y in zip(ours, found[best], strict=True)], 2)
+            figures = f"{mfi:.2f} | {np.mean(found[best]) - mfi:+.2f} ({best}) | {np.mean(ours) - mfi:+.2f} | {less}"
+            yield f"| {name} | {load} | {figures} |"
+
+
 def reuse(quick: bool) -> Iterator[str]:
     """Creates per job."""
-    count, jobs_each = (3, 20_000) if quick else (6, 60_000)
     yield "### Lazy destroy, 8 GPUs, load 0.7, uniform, limits 1 to 3 times too long\n"
     yield "| creates per job | MFI's | mean wait against the same without reuse, percent |"
     yield "|---|---|---|"
-    shares = workload.mix("uniform", A100)
-    made, mfis, waits = [], [], []
-    for seed in seeds.TEST[:count]:
-        jobs = workload.stream(A100, seed, jobs_each, shares, 0.7, 8, limit="1to3")
-        rule = evaluate.learned(A100, shares, known=evaluate.told(SHIPPED, jobs))
-        lazy, eager = (simulate(TABLES, Node(8, depth=300, lazy=on), rule, jobs) for on in (True, False))
-        mfi = simulate(TABLES, Node(8, depth=300, lazy=True), baselines.mfi(A100, shares), jobs)
+    shares = workload.mix("uniform", A100.moves)
+    made, mfis, lazily, eagerly = [], [], [], []
+    for jobs in streams(A100, quick, shares, 0.7, 8):
+        lazy, eager = (own(A100, Node(8, depth=300, lazy=on), jobs) for on in (True, False))
+        mfi = simulate(A100.t, Node(8, depth=300, lazy=True), baselines.mfi(A100.moves, shares), jobs)
         made.append(float(lazy.created.mean()))
         mfis.append(float(mfi.created.mean()))
-        waits.append(100 * float((lazy.start - jobs.submit).mean() / (eager.start - jobs.submit).mean() - 1))
-    yield f"| {np.mean(made):.2f} | {np.mean(mfis):.2f} | {interval(waits)} |"
+        lazily.append(float(wait(jobs, lazy).mean()))
+        eagerly.append(float(wait(jobs, eager).mean()))
+    yield f"| {np.mean(made):.3f} | {np.mean(mfis):.3f} | {percent(lazily, eagerly)} |"
 
 
 PARTS: dict[str, Callable[[bool], Iterator[str]]] = {
     "exact": exactly,
     "queue": lambda quick: queue(quick, "exponential"),
     "hyper": lambda quick: queue(quick, "hyperexponential"),
+    "ablation": ablation,
+    "admissions": admissions,
+    "limits": uninformative,
     "reuse": reuse,
+    "held-out": held_out,
+    "elastic": elastic,
+    "large": large,
+    "a30": lambda quick: queue(quick, "exponential", board("A30")),
 }
 
 
@@ -123,15 +354,24 @@ def main(arguments: list[str]) -> None:
     """Print the tables as they come."""
     quick, write = "--quick" in arguments, "--write" in arguments
     chosen = [a for a in arguments if a in PARTS] or list(PARTS)
-    text = f"Model {SHIPPED.name}, `python benchmarks/policy_targets.py {' '.join(arguments)}`.\n"
-    print(text)
     for part in chosen:
+        text = f"Model {A100.of.name}, `python benchmarks/policy_targets.py {part}{' --quick' if quick else ''}`.\n"
+        print(text)
         for line in PARTS[part](quick):
             print(line, flush=True)
             text += ("\n" if line.startswith("#") else "") + line + "\n"
-    if write:
-        head, _, _ = DOCUMENT.read_text().partition(MARK)
-        DOCUMENT.write_text(head + MARK + "\n" + text)
+        if write:
+            put(part, text)
+
+
+def put(part: str, text: str) -> None:
+    """Put a part's tables into the document, between its marks."""
+    first, last = f"<!-- benchmarks/policy_targets.py {part} -->", f"<!-- end of {part} -->"
+    document = DOCUMENT.read_text()
+    made, count = re.subn(f"{first}.*?{last}", lambda _: f"{first}\n{text}\n{last}", document, flags=re.DOTALL)
+    if count != 1:
+        raise SystemExit(f"{DOCUMENT} has not the marks of {part} once")
+    DOCUMENT.write_text(made)
 
 
 if __name__ == "__main__":

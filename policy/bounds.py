@@ -48,6 +48,25 @@ class Packing:
         return self.known[key]
 
 
+def fewest_gpus(moves: Transitions, jobs: Jobs) -> float:
+    """The time-average of the fewest GPUs that hold what runs, were it repacked at every moment and nobody waited."""
+    packing = Packing(moves)
+    heads, asked = requests(jobs, len(moves.profiles))
+    submit, end = jobs.submit[heads], (jobs.submit + jobs.duration)[heads]
+    events = sorted([(float(t), 1, i) for i, t in enumerate(submit)] + [(float(t), -1, i) for i, t in enumerate(end)])
+    busy: Counts = (0,) * len(moves.profiles)
+    gpus, since, total = 0, 0.0, 0.0
+    for now, sign, job in events:
+        total += gpus * (now - since)
+        since = now
+        busy = tuple(b + sign * a for b, a in zip(busy, asked[job], strict=True))
+        while not packing.fits(busy, gpus):
+            gpus += 1
+        while gpus and packing.fits(busy, gpus - 1):
+            gpus -= 1
+    return total / since
+
+
 def requests(jobs: Jobs, profiles: int) -> tuple[list[int], list[Counts]]:
     """The first row of each job, and how many instances of each profile it asks for."""
     heads = np.flatnonzero(np.concatenate([[True], jobs.rest[:-1] == 0])).tolist() if len(jobs.rest) else []

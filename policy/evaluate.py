@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from policy import model
@@ -63,9 +65,18 @@ def estimated(of: Model, seen: Floats) -> Floats:
     return np.asarray(counts / counts.sum())
 
 
-def simulate_estimating(moves: Transitions, t: Tables, node: Node, of: Model, jobs: Jobs, pending: bool) -> World:
-    """As `simulate`, demand and times estimated from the last starts and ends, demand from who waits too where that is
-    known."""
+def simulate_estimating(
+    moves: Transitions,
+    t: Tables,
+    node: Node,
+    of: Model,
+    jobs: Jobs,
+    pending: bool = False,
+    turn: int = TURN,
+    progress: Callable[[float], None] = lambda done: None,
+) -> World:
+    """As `simulate`, demand and times estimated from the last starts and ends, every `turn` arrivals; demand from who
+    waits too where that is known (`pending`)."""
     jobs = without_usual(jobs, told(of, jobs).usual)
     w = world(t, node, len(jobs.submit))
     profiles = len(t.profile_memory)
@@ -82,8 +93,9 @@ def simulate_estimating(moves: Transitions, t: Tables, node: Node, of: Model, jo
         known = seen_times(of, jobs.limit[past][over], jobs.duration[past][over])
         return learned(moves, estimated(of, seen), of, known)
 
-    for first in range(0, len(jobs.submit), TURN):
-        advance(t, node, rule(first), jobs, w, first + TURN)
+    for first in range(0, len(jobs.submit), turn):
+        progress(first / len(jobs.submit))
+        advance(t, node, rule(first), jobs, w, first + turn)
     finish(t, node, rule(len(jobs.submit)), jobs, w)
     return w
 

@@ -69,8 +69,8 @@ class Times(NamedTuple):
 class Model(NamedTuple):
     """A model as read. `places` numbers the plain placements by compute slices, memory slices and start; `classes` maps
     the set of numbers that are held, as bits, to its class. The net has two values for each class: at a moment, and for
-    integrating over the times that are known. `foresight` is a rate per mean duration, `reuse` what an idle instance
-    that can be reused is worth beside the value of GPUs."""
+    integrating over the times that are known. `foresight` is a rate per mean duration, `reuse` what making an
+    instance costs, and destroying one, beside the value of GPUs."""
 
     name: str
     plain: tuple[str, ...]
@@ -297,7 +297,8 @@ def minutes(model: Model, known: Times) -> str:
 def score(
     model: Model, of_class: Sequence[float], view: View, asked: Asked, candidates: Sequence[Candidate], known: Times
 ) -> list[int]:
-    """Each candidate's gain in value, over time, in half millionths: an idle instance to reuse breaks ties."""
+    """Each candidate's gain in value, over time, less what making and destroying instances costs; in half millionths,
+    so that an idle instance to reuse breaks ties."""
     guesses = range(known.guesses)
     until = []
     for guess in guesses:
@@ -305,7 +306,7 @@ def score(
         if asked.end is not None and not said_nothing(asked.end - view.now, known.usual):
             left = remaining(known.ratios, 0.0, asked.end - view.now, (guess + 0.5) / known.guesses)
         until.append(exp(-known.rate * left) if known.rate and left is not None else 0.0)
-    bonus = 2 * round(model.reuse * 1e6) + 1
+    toll = 2 * round(model.reuse * 1e6)
     paths: dict[int, list[list[tuple[int, float]]]] = {}
     found = []
     for candidate in candidates:
@@ -316,7 +317,8 @@ def score(
         total = 0.0
         for path, least in zip(paths[candidate.gpu], until, strict=True):
             total += over_time(model, of_class, path, bit, least)
-        found.append(2 * round(total / len(until) * 1e6) + (bonus if candidate.reuse else 0))
+        saved = toll + 1 if candidate.reuse else -toll * len(candidate.destroys)
+        found.append(2 * round(total / len(until) * 1e6) + saved)
     return found
 
 

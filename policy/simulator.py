@@ -61,10 +61,11 @@ class Rule(NamedTuple):
     """Where instances go: the highest score wins, then the lowest GPU, then the lowest start.
 
     `score[s, k]` is the score of placement k on a GPU in state s, `best[s, p]` the best placement of a profile there.
-    `bonus` is added where an idle instance is reused. `lowest` takes the first GPU with room, whatever the others
-    score; `random` scores at random. `capability` weighs what profiles the node can still place afterwards, before
-    `score`. With `rate` above 0 the score is that of `value` over the remaining times (`over_time`), the mean over
-    `draws` guesses of them: `ratios`, rising, are the parts of their time limits that jobs run for (`remaining`).
+    `bonus` is added where an idle instance is reused, `toll` taken off for each one that is destroyed. `lowest` takes
+    the first GPU with room, whatever the others score; `random` scores at random. `capability` weighs what profiles the
+    node can still place afterwards, before `score`. With `rate` above 0 the score is that of `value` over the remaining
+    times (`over_time`), the mean over `draws` guesses of them: `ratios`, rising, are the parts of their time limits
+    that jobs run for (`remaining`).
     """
 
     score: Array
@@ -75,6 +76,7 @@ class Rule(NamedTuple):
     draws: int
     capability: Array
     bonus: int
+    toll: int
     lowest: bool
     random: bool
 
@@ -176,6 +178,7 @@ def rule(
     draws: int = 1,
     capability: Floats | None = None,
     reuse: float = 0.0,
+    toll: float = 0.0,
     lowest: bool = False,
     random: bool = False,
 ) -> Rule:
@@ -195,6 +198,7 @@ def rule(
         if capability is None
         else np.round(capability * 1e6).astype(np.int64),
         2 * round(reuse * 1e6) + 1,
+        2 * round(toll * 1e6),
         lowest,
         random,
     )
@@ -203,9 +207,10 @@ def rule(
 def by_value(
     t: Tables, value: Floats, rate: float = 0.0, reuse: float = 0.0, ratios: Floats = EXACT, draws: int = 1
 ) -> Rule:
-    """The rule that wants the highest sum of `value[state]` over the GPUs after the decision."""
+    """The rule that wants the highest sum of `value[state]` over the GPUs after the decision. Making an instance costs
+    `reuse`, and so does destroying one."""
     gain = np.where(t.after >= 0, value[t.after], 0.0) - value[:, None]
-    return rule(t, gain, value=value, rate=rate, ratios=ratios, draws=draws, reuse=reuse)
+    return rule(t, gain, value=value, rate=rate, ratios=ratios, draws=draws, reuse=reuse, toll=reuse)
 
 
 def world(t: Tables, node: Node, count: int, seed: int = 0) -> World:
@@ -475,6 +480,11 @@ def decide(t: Tables, node: Node, r: Rule, w: World, profile: int, end: float, n
                             score += capability(t, r, w, state, new) * 10**10
                     if (w.idle[g] >> k) & 1:
                         score += r.bonus
+                    elif r.toll:
+                        doomed = w.idle[g] & t.overlaps[k]
+                        while doomed:
+                            doomed &= doomed - 1
+                            score -= r.toll
                     if score > best:
                         if len(rest):
                             w.state[g] = new

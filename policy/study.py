@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from policy import baselines, bounds, seeds, simulator, traces, transitions, workload
+from policy import baselines, bounds, evaluate, model, seeds, simulator, traces, transitions, workload
 from policy.simulator import Node, Rule
 from policy.transitions import Transitions
 from policy.workload import Floats, Jobs
@@ -54,11 +54,13 @@ def baseline(name: str) -> Maker:
     return lambda moves, shares, load: baselines.ALL[name](moves, shares)
 
 
+LEARNED = "learned"
+"""The shipped model, which estimates demand and times from the jobs that it has seen, as on a node."""
 POLICIES: dict[str, Maker] = {
     "built-in": baseline("best-fit, least-blocking slot"),
     **{slug(name): baseline(name) for name in baselines.ALL},
 }
-"""What --policy takes, besides the bounds. A learned policy is added here."""
+"""What --policy takes, besides the bounds and the learned one."""
 
 
 class Scenario(NamedTuple):
@@ -159,8 +161,8 @@ def chosen(names: str, mode: str) -> list[str]:
     """The policies of a list. Raises RequestError where one is not known."""
     wanted = list(dict.fromkeys(name.strip() for name in names.split(",")))
     for name in wanted:
-        if name not in POLICIES and name not in BOUNDS:
-            raise RequestError(f"unknown policy {name!a}; known: {' '.join([*POLICIES, *BOUNDS])}")
+        if name not in (LEARNED, *POLICIES, *BOUNDS):
+            raise RequestError(f"unknown policy {name!a}; known: {' '.join([LEARNED, *POLICIES, *BOUNDS])}")
         if name in BOUNDS and mode not in BOUNDS[name][1]:
             raise RequestError(f"{name} is not for --mode {mode}")
     return wanted
@@ -173,6 +175,16 @@ def run(scenario: Scenario, policy: str, progress: Progress) -> Result:
         starts = BOUNDS[policy][0](moves, pool, jobs, lambda done: progress(policy, done))
         return measured(scenario, policy, starts, None, None)
     t = simulator.tabulate(moves)
+    if policy == LEARNED:
+        try:
+            of = model.load(moves.geometry)
+        except model.ModelError as error:
+            raise RequestError(str(error)) from error
+        turn = min(max(len(jobs.submit) // 4000, evaluate.TURN), evaluate.REMEMBERED)
+        w = evaluate.simulate_estimating(
+            moves, t, pool, of, jobs, turn=turn, progress=lambda done: progress(policy, done)
+        )
+        return measured(scenario, policy, w.start, w.created, w)
     rule = POLICIES[policy](moves, scenario.shares, scenario.load)
     w = simulator.world(t, pool, len(jobs.submit))
     for step in range(STEPS):

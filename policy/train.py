@@ -284,7 +284,7 @@ def play(config: dict[str, Any], seed: int, net: Net, folder: Path) -> Net:
     for step in range(first, options["steps"]):
         for group in optimiser.param_groups:
             group["lr"] = options["rate"] * (1 - step / options["steps"])
-        rng = np.random.default_rng([seeds.TRAINING[seed], step])
+        rng = dice(seed, step)
         game = draw(options, moves, step, rng)
         values = net(torch.tensor(game.shares, dtype=torch.float32), timed=True)
         centre = values.detach().numpy().astype(np.float64)
@@ -314,6 +314,11 @@ def play(config: dict[str, Any], seed: int, net: Net, folder: Path) -> Net:
             (folder / "playing.json").write_text(json.dumps(curve, indent=1) + "\n")
     net.timed.load_state_dict(mean)
     return net
+
+
+def dice(seed: int, step: int) -> np.random.Generator:
+    """The random numbers of one game."""
+    return np.random.default_rng([seeds.TRAINING[seed], step])
 
 
 def draw(options: dict[str, Any], moves: Transitions, step: int, rng: np.random.Generator) -> Game:

@@ -21,7 +21,10 @@ MIXES = {
 """Shares of requests by profile, small to large, for the six plain profiles of a board with seven compute slices."""
 
 SERVICES = ("exponential", "hyperexponential", "lognormal", "pareto")
-LIMITS = ("exact", "1to3", "1to10", "default", "none")
+LIMITS = ("exact", "1to3", "1to10", "rounded", "some", "default", "none")
+
+ROUND = np.array([0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0])
+"""What users round their limits up to."""
 
 UNKNOWN = np.inf
 """The time limit of a job that has none, and the expected end that follows."""
@@ -78,6 +81,10 @@ def limits(rng: np.random.Generator, kind: str, duration: Floats) -> Floats:
         return duration.copy()
     if kind in ("1to3", "1to10"):
         return duration * rng.uniform(1, 3 if kind == "1to3" else 10, len(duration))
+    if kind == "rounded":  # up to the next of what people write
+        return np.asarray(np.maximum(duration, ROUND[np.minimum(np.searchsorted(ROUND, duration), len(ROUND) - 1)]))
+    if kind == "some":  # two thirds say something, 1 to 3 times too long
+        return np.where(rng.random(len(duration)) < 2 / 3, duration * rng.uniform(1, 3, len(duration)), UNKNOWN)
     if kind == "default":  # 10 mean service times; who needs more says so
         return np.maximum(duration, 10.0)
     if kind == "none":

@@ -301,9 +301,9 @@ def test_the_difference_to_the_first(mode: str) -> None:
 
 def test_every_policy_runs_on_every_model() -> None:
     for model in ("A30", "H200"):
-        wanted = Wanted(model, 2, "loss", mix="uniform", jobs=300, policy=",".join([*study.POLICIES, "free-migration"]))
-        found = study.simulate(wanted)
-        assert len(found["policies"]) == len(study.POLICIES) + 1
+        policy = ",".join([study.LEARNED, *study.POLICIES, "free-migration"])
+        found = study.simulate(Wanted(model, 2, "loss", mix="uniform", jobs=300, policy=policy))
+        assert len(found["policies"]) == len(study.POLICIES) + 2
     names = [row["policy"] for row in found["policies"]]
     assert "mfi" in names and "nvidia-order" in names and all(name.replace("-", "").isalnum() for name in names)
 
@@ -327,7 +327,7 @@ def test_the_clairvoyant_is_best(path: Path) -> None:
         ({"load": float("nan")}, "--load is above 0"),
         ({"jobs": 5}, "--jobs from 20"),
         ({"seed": -1}, "--seed below"),
-        ({"policy": "mfi,nosuch"}, "unknown policy 'nosuch'; known: built-in random"),
+        ({"policy": "mfi,nosuch"}, "unknown policy 'nosuch'; known: learned built-in random"),
         ({"policy": ""}, "unknown policy ''"),
         ({"mode": "elastic", "policy": "free-migration"}, "free-migration is not for --mode elastic"),
         ({"policy": "clairvoyant"}, "clairvoyant is not for --mode queue"),
