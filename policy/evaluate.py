@@ -17,8 +17,11 @@ from rms.request import Request
 REMEMBERED = 256
 """How many requests and ended jobs a node remembers: `rms.inventory.RECENT`, which may not be imported here; a test
 compares them."""
-TURN = 16
+TURN = 64
 """Arrivals between two estimates in a simulation. The runtime makes one for every decision."""
+SECONDS = 3600.0
+"""A mean duration: two limits are the same one to the second."""
+NOTHING = Request(())
 BLIND = Times()
 """Nothing is known of times."""
 
@@ -38,25 +41,12 @@ def told(of: Model, jobs: Jobs) -> Times:
 
 
 def seen_times(of: Model, limits: Floats, durations: Floats) -> Times:
-    """What the runtime makes of jobs that have ended. Times here have no seconds: `model.SAME` must stay small."""
-    known = limits < UNKNOWN
-    pairs = zip((durations[known] * SECONDS).tolist(), (limits[known] * SECONDS).tolist(), strict=True)
-    ended = tuple(Ended(ran, limit) for ran, limit in pairs)
-    nothing = Request(())
-    view = View((), tuple(Demand(0.0, nothing, e.limit) for e in ended), None, 0.0, ended)
-    times = model.times(of, view)
-    return times._replace(rate=times.rate * SECONDS, usual=None if times.usual is None else times.usual / SECONDS)
-
-
-SECONDS = 3600.0
-"""A mean duration, where seconds matter."""
-
-
-def without_usual(jobs: Jobs, usual: float | None) -> Jobs:
-    """The jobs as the policy sees them: a limit that most have is none."""
-    if usual is None:
-        return jobs
-    return jobs._replace(limit=np.where(np.abs(jobs.limit - usual) * SECONDS < model.SAME, UNKNOWN, jobs.limit))
+    """What the runtime makes of jobs that have ended."""
+    pairs = list(zip((durations * SECONDS).tolist(), (limits * SECONDS).tolist(), strict=True))
+    recent = tuple(Demand(0.0, NOTHING, limit if limit < UNKNOWN else None) for _, limit in pairs)
+    ended = tuple(Ended(ran, limit) for ran, limit in pairs if limit < UNKNOWN)
+    times = model.times(of, View((), recent, None, 0.0, ended))
+    return times._replace(rate=times.rate * SECONDS)
 
 
 def estimated(of: Model, seen: Floats) -> Floats:
@@ -77,7 +67,6 @@ def simulate_estimating(
 ) -> World:
     """As `simulate`, demand and times estimated from the last starts and ends, every `turn` arrivals; demand from who
     waits too where that is known (`pending`)."""
-    jobs = without_usual(jobs, told(of, jobs).usual)
     w = world(t, node, len(jobs.submit))
     profiles = len(t.profile_memory)
 

@@ -52,12 +52,10 @@ class ModelError(Exception):
 
 
 class Times(NamedTuple):
-    """What the times of jobs say. The future's weight falls by `rate` per second (0: time limits say nothing at all);
-    `usual` is the limit that says nothing, because most have it; `ratios`, rising, are the parts of their limits that
-    the last jobs ran for."""
+    """What the times of jobs say. The future's weight falls by `rate` per second (0: limits say nothing); `ratios`,
+    rising, are the parts of their limits that the last jobs ran for."""
 
     rate: float = 0.0
-    usual: float | None = None
     ratios: Sequence[float] = (1.0,)
 
     @property
@@ -235,25 +233,23 @@ def plain_names(geometry: Geometry) -> Mapping[str, str]:
 
 def times(model: Model, view: View) -> Times:
     """What this node's past says of time limits. They count in mean durations, so that limits which are all too long by
-    the same factor change nothing; and for how much of theirs jobs run is learned from those that have ended."""
-    known = [d.limit for d in view.recent if d.limit]
-    known = known or [b.end - b.start for gpu in view.gpus for b in gpu.busy if b.end is not None and b.end > b.start]
-    usual = most_have(known)
-    ended = [e for e in view.ended if not said_nothing(e.limit, usual)]
-    if len(ended) >= TELLING:
-        mean = sum(e.ran for e in ended) / len(ended)
-        ratios: Sequence[float] = sorted(min(e.ran / e.limit, 1.0) for e in ended)
-    else:
-        mean, ratios = sum(known) / len(known) if known else 0.0, (1.0,)
-    return Times(model.foresight / mean if mean else 0.0, usual, ratios)
+    the same factor change nothing; and for how much of theirs jobs run is learned from those that have ended.
 
-
-def most_have(limits: Sequence[float]) -> float | None:
-    """The limit that most jobs have, a partition's default: it says nothing."""
-    if len(limits) < TELLING:
-        return None
+    Where most jobs have no limit, or all the same one (a partition's default), limits say nothing.
+    """
+    limits = [d.limit or 0.0 for d in view.recent]
+    limits = limits or [b.end - b.start for gpu in view.gpus for b in gpu.busy if b.end is not None]
+    if not limits:
+        return Times()
     usual = sorted(limits)[len(limits) // 2]  # what more than half have in common is their median
-    return usual if 2 * sum(abs(limit - usual) < SAME for limit in limits) > len(limits) else None
+    alike = 2 * sum(abs(limit - usual) < SAME for limit in limits) > len(limits)
+    if usual <= 0.0 or (alike and len(limits) >= TELLING):
+        return Times()
+    if len(view.ended) >= TELLING:
+        mean = sum(e.ran for e in view.ended) / len(view.ended)
+        return Times(model.foresight / mean, sorted(min(e.ran / e.limit, 1.0) for e in view.ended))
+    known = [limit for limit in limits if limit > 0.0]
+    return Times(model.foresight * len(known) / sum(known))
 
 
 def choose(view: View, asked: Asked, candidates: Sequence[Candidate], site: str = "", shipped: str = WEIGHTS) -> Choice:
@@ -303,7 +299,7 @@ def score(
     until = []
     for guess in guesses:
         left = None
-        if asked.end is not None and not said_nothing(asked.end - view.now, known.usual):
+        if asked.end is not None:
             left = remaining(known.ratios, 0.0, asked.end - view.now, (guess + 0.5) / known.guesses)
         until.append(exp(-known.rate * left) if known.rate and left is not None else 0.0)
     toll = 2 * round(model.reuse * 1e6)
@@ -337,11 +333,6 @@ def over_time(
     return total
 
 
-def said_nothing(limit: float, usual: float | None) -> bool:
-    """Whether a time limit is the one that most have."""
-    return usual is not None and abs(limit - usual) < SAME
-
-
 def number(model: Model, geometry: Geometry, placement: Placement) -> int:
     """The bit of a placement, or of the plain one that takes the same slices."""
     return 1 << model.places[geometry.by_name[placement.profile].compute, placement.size, placement.start]
@@ -364,7 +355,7 @@ def foresee(model: Model, gpu: planner.GpuView, now: float, known: Times, guess:
     leaving = []
     if known.rate:
         for busy in gpu.busy:
-            if busy.end is None or said_nothing(busy.end - busy.start, known.usual):
+            if busy.end is None:
                 continue
             bit = number(model, gpu.geometry, busy.placement)
             quantile = ((guess + 0.5) / known.guesses + (bit.bit_length() - 1) * GOLDEN) % 1.0

@@ -265,8 +265,8 @@ def play(config: dict[str, Any], seed: int, net: Net, folder: Path) -> Net:
     """Learn the value for integrating over time where nothing is solved: by the waits on whole nodes with a queue.
 
     Evolution strategies on the values, from there on backwards through the net: for one mix at a time, two runs over
-    the same jobs with the values moved a little one way and the other tell which way is better. The result is the mean
-    of the last weights. Goes on from the checkpoint in `folder`.
+    the same jobs with the values moved a little one way and the other tell which way is better. The result lies
+    between the start and the mean of the last weights, which has noise in it. Goes on from the checkpoint in `folder`.
     """
     moves = transitions.load(config["model"])
     options = config["playing"]
@@ -312,7 +312,8 @@ def play(config: dict[str, Any], seed: int, net: Net, folder: Path) -> Net:
             torch.save(kept, saved.with_suffix(".part"))
             saved.with_suffix(".part").replace(saved)
             (folder / "playing.json").write_text(json.dumps(curve, indent=1) + "\n")
-    net.timed.load_state_dict(mean)
+    start = net.layers[-1].state_dict()
+    net.timed.load_state_dict({name: start[name].lerp(value, options["kept"]) for name, value in mean.items()})
     return net
 
 

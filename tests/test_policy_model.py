@@ -110,7 +110,7 @@ def test_random_pools_with_random_remaining_times() -> None:
     no_jobs = np.zeros(0, dtype=np.int64)
     for _ in range(10_000):
         recent, value = chance.choice(rules)
-        recent = (*recent, *[Demand(NOW, Request((("1g.10gb", 0),)), t) for t in (1000.0, 3000.0)])  # only their limits
+        recent = tuple(demand._replace(limit=2000.0) for demand in recent)
         states = [chance.randrange(len(A100.states)) for _ in range(chance.randint(1, 8))]
         node = Node(len(states))
         w = simulator.world(TABLES, node, 0)
@@ -303,7 +303,7 @@ def test_training_learns_and_goes_on_where_it_was_cut_off(tmp_path: Path) -> Non
         "training": {"steps": 150, "chains": 64, "batch": 6, "temperature": [0.05, 0.02], "rate": 0.01},
         "playing": {
             **{"steps": 20, "pairs": 2, "jobs": 1000, "gpus": [4], "loads": [0.7, 0.8], "limits": ["exact", "1to3"]},
-            **{"noise": 0.2, "rate": 0.01, "averaged": 5},
+            **{"noise": 0.2, "rate": 0.01, "averaged": 5, "kept": 0.6},
         },
         "rule": {"foresight": 0.5, "reuse": 0.0},
     }
