@@ -18,7 +18,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
-from math import exp, isfinite, tanh
+from math import exp, gcd, isfinite, tanh
 from operator import mul
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -84,8 +84,17 @@ class Model(NamedTuple):
 
 
 def signature(geometry: Geometry) -> list[list[Any]]:
-    """What boards that share a model have in common: slices, starts and number of each plain profile."""
-    return [[geometry.slots], *([p.compute, p.memory, list(p.starts), p.limit] for p in geometry.profiles if p.plain)]
+    """What boards that share a model have in common: slices, starts and number of each plain profile. Memory slices
+    count in the largest unit of which all are multiples: an RTX PRO 6000 has an A30's placements, thrice as wide."""
+    u = width(geometry)
+    plain = [p for p in geometry.profiles if p.plain]
+    return [[geometry.slots // u], *([p.compute, p.memory // u, [s // u for s in p.starts], p.limit] for p in plain)]
+
+
+def width(geometry: Geometry) -> int:
+    """The memory slices that every plain placement's are multiples of."""
+    plain = [p for p in geometry.profiles if p.plain]
+    return gcd(geometry.slots, *(p.memory for p in plain), *(start for p in plain for start in p.starts))
 
 
 def pack(
@@ -169,7 +178,7 @@ def unpack(data: bytes, geometry: Geometry) -> Model:
 
 def file_name(geometry: Geometry) -> str:
     """What the file of the model for a board is called, in whatever folder."""
-    return f"slots{geometry.slots}.model"
+    return f"slots{geometry.slots // width(geometry)}.model"
 
 
 @lru_cache

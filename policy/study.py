@@ -101,7 +101,7 @@ class Wanted(NamedTuple):
     gpus: int
     mode: str = "queue"
     reserve: bool = False
-    policy: str = "built-in,mfi"
+    policy: str = "built-in,mfi,learned"
     trace: str | None = None
     skip: bool = False
     mix: str | None = None

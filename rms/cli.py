@@ -130,7 +130,10 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--jobs", type=int, metavar="N", help="how many jobs (--mix; default: 50000)")
     verb.add_argument("--seed", type=int, metavar="N", help="of the made-up jobs (--mix; default: 0)")
     verb.add_argument(
-        "--policy", default="built-in,mfi", metavar="LIST", help="names with commas between (default: %(default)s)"
+        "--policy",
+        default="built-in,mfi,learned",
+        metavar="LIST",
+        help="names with commas between (default: %(default)s)",
     )
     verb.add_argument(
         "--mode",

@@ -242,7 +242,6 @@ def stands_in(folder: Path, board: Geometry = BOARD) -> str:
 
 def test_without_a_file_the_built_in_rule_stands_in(tmp_path: Path) -> None:
     assert "no model for A100-80GB" in stands_in(tmp_path)
-    assert "no model for A30" in stands_in(Path(model.WEIGHTS), geometry.load("A30"))
 
 
 def test_a_damaged_file_is_never_used(tmp_path: Path) -> None:
@@ -265,6 +264,9 @@ def test_a_model_for_other_placements_is_not_used(tmp_path: Path) -> None:
     assert "is not for the placements of A30" in stands_in(tmp_path, geometry.load("A30"))
     for name in ("A100-40GB", "H100-80GB", "H200"):
         assert model.load(geometry.load(name)).name == SHIPPED.name
+    # Three memory slices of the one are what one is of the other.
+    small, large = (model.load(geometry.load(name)) for name in ("A30", "RTX-PRO-6000"))
+    assert small.name == large.name != SHIPPED.name and small.classes == large.classes
 
 
 def test_it_is_light() -> None:

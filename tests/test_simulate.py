@@ -358,10 +358,10 @@ def test_json_and_page(capsys: pytest.CaptureFixture[str], tmp_path: Path, mode:
     page = tmp_path / "page.html"
     assert cli.main([*MIX, "--mode", mode, "--json", "--report", str(page)]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["schema"] == 1 and len(found["policies"]) == 2
+    assert found["schema"] == 1 and len(found["policies"]) == 3
     text = page.read_text()
     tags = well_formed(text)
-    assert tags.count("svg") == 3 and tags.count("polyline") == (4 if mode == "elastic" else 2)
+    assert tags.count("svg") == 3 and tags.count("polyline") == (6 if mode == "elastic" else 3)
     assert not {"script", "link", "img", "iframe"} & set(tags)
     assert text.replace("http://www.w3.org/2000/svg", "").count("http") == 0
     assert all(row["policy"] in text for row in found["policies"])
