@@ -132,7 +132,11 @@ class Cluster:
             self._until(
                 lambda: self._idle() >= set(self.nodes),
                 timeout,
-                lambda: f"not idle: {sorted(set(self.nodes) - self._idle())}; {self._tail(self.nodes[0])}",
+                lambda: (
+                    f"not idle: {sorted(set(self.nodes) - self._idle())}; "
+                    + self._tail(self.nodes[0] if self._alive("slurmctld") else "slurmctld")
+                ),
+                give_up=lambda: not self._alive("slurmctld"),  # 26.05 listens before it has read all of slurm.conf
             )
         except BaseException:
             self.stop()
@@ -402,7 +406,10 @@ class Cluster:
         return self.run("squeue", "--noheader", "--format=%i %T %r %N").stdout.splitlines()
 
     def _idle(self) -> set[str]:
-        return {node for node, now in self.node_states().items() if now.state == "idle"}
+        try:
+            return {node for node, now in self.node_states().items() if now.state == "idle"}
+        except ClusterError:  # slurmctld has ended
+            return set()
 
     def _cancel_all(self, timeout: float) -> None:
         """Every job's end, its Epilog included; what does not end in time is killed later."""
