@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, cast
 
 import rms
@@ -260,6 +260,7 @@ def reconcile(options: argparse.Namespace) -> int:
     """Compare state, GPUs and Slurm, and mend what differs: one line for each thing that was found."""
     import controller
     from slurm.slurmctld import Slurmctld, SlurmError
+    from slurm.stuck import back, stuck
 
     told = []
 
@@ -276,6 +277,11 @@ def reconcile(options: argparse.Namespace) -> int:
 
     settings = _settings(options)
     controller.Controller(settings, log=tell, rehearsal=options.dry_run).reconcile(over)
+    with suppress(SlurmError):  # told above, if it had to be asked
+        slurmctld = Slurmctld(options.slurm_conf, SLURM_SECONDS)
+        for job in stuck(slurmctld, options.node, settings.run_dir):
+            done = "" if options.dry_run else back(slurmctld, job, options.node)
+            tell(f"job {job.name} is in a Prolog of which there is no process: {done or 'to be requeued'}")
     if not options.dry_run and settings.admission != "sums":
         from slurm.publish import Publisher
 

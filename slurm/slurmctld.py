@@ -60,6 +60,19 @@ class Slurmctld:
                 return Job(job_id, words[1].partition("+")[0], words[3] != "0", words[4] == "1")
         return None
 
+    def in_prolog(self, node: str) -> list[Job]:
+        """The jobs on a node whose Prolog has not ended, to slurmctld's mind. Raises SlurmError."""
+        fields = "JobID:20,JobArrayID:60,BatchFlag:10,Requeue:10,Reason:40"
+        output = self._run(
+            "squeue", "--noheader", "--all", "--states=running", f"--nodelist={node}", f"--Format={fields}"
+        )
+        rows = [line.split() for line in output.splitlines()]
+        return [
+            Job(int(job), name.partition("+")[0], batch != "0", requeue == "1")
+            for job, name, batch, requeue, *reason in rows
+            if reason == ["Prolog"]
+        ]
+
     def over(self, runs: Sequence[Run], node: str) -> list[Run]:
         """Those of some runs that are not, or no longer, on a node, to slurmctld's mind. Raises SlurmError.
 

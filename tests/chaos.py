@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import fcntl
 import os
 import random
 import shutil
@@ -28,16 +29,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pynvml
 import test_crash
 from conftest import Node
 
-from rms import geometry, grant, hardware
-from rms.device import Nvml
+from rms import geometry, grant, hardware, simulated
+from rms.device import DeviceInstance, Nvml
 from rms.errors import ClosedRunError, NodeError, NoRoomError, RequestError, RmsError
 from rms.geometry import Placement
 
@@ -108,6 +110,7 @@ class Life:
         self.unknown: set[int] = set()  # those of them of which nothing but grants is left
         self.strangers: set[tuple[int, int]] = set()  # GPU and GI id of what somebody left half-made
         self.holders: dict[tuple[str, str], subprocess.Popen[bytes]] = {}  # by GPU's and MIG UUID
+        self.there: dict[int, list[DeviceInstance]] | None = None  # what the GPUs had after the last event
         self.settled = True  # nothing has happened since that RMS need not know of yet
         self.last = 0
         self.told = 0
@@ -122,6 +125,8 @@ class Life:
             (name,) = self.chance.choices(names, weights)
             self.now += self.chance.choice([0.01, 1.0, 30.0])
             self.story.append(name)
+            if name not in ("acquire", "release", "requeue"):
+                self.there = None
             if getattr(self, name)() is not False:
                 self.events[name] += 1
                 self.check()
@@ -409,6 +414,7 @@ class Life:
         expected = self.expected(wanted)
         if self.settled and older is None:
             self.story[-1] += f" {job}.{restart} {spec}: {expected.__name__ if expected else 'fits'}"
+        self.there = None
         try:
             granted = self.node.acquire(job, spec, restart)
         except RmsError as error:
@@ -439,12 +445,20 @@ class Life:
         for number, gpu in enumerate(taken):
             if gpu is None:
                 continue
-            for found in self.node.device().instances(self.uuids[number]):
+            for found in self.look()[number]:
                 held = (self.uuids[number], found.uuid or "") in self.holders
                 if (held or (number, found.gi) in self.strangers) and found.placement not in gpu:
                     gpu.append(found.placement)
         usable = [tuple(sorted(gpu)) for gpu in taken if gpu is not None]
         return None if fits(self.known, usable, wanted) else NoRoomError
+
+    def look(self) -> dict[int, list[DeviceInstance]]:
+        """What there is on each GPU that answers."""
+        if self.there is None:
+            device = self.node.device()
+            here = [(number, gpu) for number, gpu in enumerate(self.uuids) if number not in self.gone]
+            self.there = {number: list(device.instances(gpu)) for number, gpu in here}
+        return self.there
 
     def end(self, job: int) -> None:
         """A job ends, its Epilog runs."""
@@ -489,6 +503,8 @@ class Life:
         self.settled = False
 
     def reset(self, number: int) -> None:
+        with suppress(NodeError):
+            self.node.controller().look()  # of an instance that nobody but a grant knows nobody knows where it was
         for key in [key for key in self.holders if key[0] == self.uuids[number]]:
             end(self.holders.pop(key))
         self.node.vanish(number)
@@ -515,12 +531,8 @@ class Life:
                 mine = {(number, at) for at in range(place.start, place.start + place.size)}
                 assert not mine & slices, "two jobs share a slice"
                 slices |= mine
-        device = self.node.device()
-        there = {
-            number: {found.placement: found.uuid for found in device.instances(gpu)}
-            for number, gpu in enumerate(self.uuids)
-            if number not in self.gone
-        }
+        self.there = None
+        there = {number: {i.placement: i.uuid for i in found} for number, found in self.look().items()}
         for job, known in self.jobs.items():
             for (number, place), uuid in zip(known.places, known.uuids, strict=True):
                 if number in there and (number, place) not in known.lost:
@@ -624,6 +636,30 @@ def full(node: Node, step: int) -> Iterator[None]:
         os.open, os.write, os.close = real_open, real_write, real_close
 
 
+class Lock:
+    """As much of filelock.FileLock as RMS uses, and much faster."""
+
+    def __init__(self, path: str, on_acquired: Callable[[int], None] | None = None, **_: Any) -> None:
+        self._path = path
+        self._sign = on_acquired
+        self._descriptor = -1
+
+    def acquire(self) -> None:
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        if self._sign:
+            self._sign(self._descriptor)
+
+    def release(self) -> None:
+        os.close(self._descriptor)
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
 def end(process: subprocess.Popen[bytes]) -> None:
     """End a process that holds an instance."""
     process.kill()
@@ -632,8 +668,10 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def quick(life: Callable[[], Life | None]) -> Iterator[None]:
-    """A clock of the life's own, no waiting for disks, and no patience with a busy GPU. Kills come between the calls of
-    NVML too."""
+    """A clock of the life's own, quick locks, no waiting for disks, and no patience with a busy GPU. Kills come between
+    the calls of NVML too."""
+    locks = filelock.FileLock, simulated.FileLock
+    filelock.FileLock = simulated.FileLock = Lock
     kept = time.time, os.fsync, hardware.DESTROY_SECONDS, hardware.RETRY_SECONDS, test_crash.WORLD
     steps = ["nvmlDeviceCreateGpuInstanceWithPlacement", "nvmlGpuInstanceCreateComputeInstance"]
     steps += ["nvmlGpuInstanceDestroy", "nvmlComputeInstanceDestroy", "nvmlInit", "nvmlShutdown"]
@@ -645,6 +683,7 @@ def quick(life: Callable[[], Life | None]) -> Iterator[None]:
     try:
         yield
     finally:
+        filelock.FileLock, simulated.FileLock = locks
         time.time, os.fsync, hardware.DESTROY_SECONDS, hardware.RETRY_SECONDS, test_crash.WORLD = kept
 
 
@@ -680,6 +719,8 @@ def chaos(seed: int, seconds: float, operations: int, events: int = EVENTS, tell
             total += life.events
             mended.update(word for line in life.node.log for word in RECOVERIES if word in line)
             lives += 1
+            if lives % 20 == 0:
+                tell(f"{total.total()} operations in {lives} lives so far")
     taken = time.monotonic() - began
     tell(f"seed {seed}: {total.total()} operations in {lives} lives, {taken:.0f} s, no broken invariant")
     tell("events:     " + ", ".join(f"{name} {number}" for name, number in total.most_common()))
@@ -696,7 +737,7 @@ def main() -> int:
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
     try:
-        chaos(options.seed, options.minutes * 60, options.operations)
+        chaos(options.seed, options.minutes * 60, options.operations, tell=partial(print, flush=True))
     except AssertionError as error:
         print(f"broken: {error}", file=sys.stderr)
         if os.environ.get("RMS_TRACEBACK"):

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -173,6 +174,20 @@ def test_slurmd_is_killed(slurm: Cluster) -> None:
     slurm.restart_slurmd("n1", signal.SIGKILL)
     slurm.wait_all(120)
     assert all(ran_once(slurm, job) for job in jobs)
+
+
+def test_slurmd_and_the_prolog_are_killed(slurm: Cluster) -> None:
+    """Nobody would ever start or end that job: `rms reconcile`, which the health check runs, puts it back."""
+    (job,) = starting(slurm, "7g")
+    os.kill(int((slurm.root / "run" / "n1.pid").read_text()), signal.SIGSTOP)  # it must not see the Prolog end
+    kill(slurm, "prolog", jobs=[job])  # the shell and its Python
+    slurm.restart_slurmd("n1", signal.SIGKILL)
+    reconcile = ["env", f"RMS_CONFIG={slurm.etc}/rms.toml", "SLURMD_NODENAME=n1", sys.executable, "-m", "rms.cli"]
+    reconcile += ["reconcile", "--slurm-conf", f"{slurm.etc}/slurm.conf"]
+    assert slurm.job(job)["JobState"] == "RUNNING" and slurm.job(job)["Reason"] == "Prolog"
+    slurm.wait(lambda: f"job {job} is in a Prolog" in slurm.run(*reconcile).stdout, 60, "it is found")
+    slurm.wait_all(120)
+    assert ran_once(slurm, job)
 
 
 def test_slurmctld_is_away_during_a_refusal(slurm: Cluster) -> None:
