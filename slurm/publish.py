@@ -243,12 +243,12 @@ def question(node: str) -> list[str]:
 def read(shown: str, node: str) -> Record:
     """The record in what `question` has printed: a line for each partition, all alike. Raises NodeError."""
     if not shown.strip():
-        raise NodeError(f"slurmctld knows no node {node}")
-    line = shown.splitlines()[0]
+        raise NodeError(f"slurmctld knows no node {node}, or none in a partition")
+    line = os.fsencode(shown.split("\n", 1)[0])
     found = []
-    for _, width in FIELDS:
-        text, line = line[:width].rstrip(), line[width:]
-        if len(text) == width:
+    for _, width in FIELDS:  # of bytes
+        text, line = os.fsdecode(line[:width].rstrip()), line[width:]
+        if len(os.fsencode(text)) == width:
             raise NodeError(f"the record of node {node} is too long: {text[:60]}...")
         found.append("" if text == "(null)" else text)
     return Record(*found)
@@ -277,7 +277,8 @@ def _others(features: str) -> list[str]:
 def _split(gres: str, said: Offer) -> str:
     """The gres string with the token's constant total split anew."""
     items = re.findall(r"(?:\([^)]*\)|[^,])+", gres)
-    shares = {item.split(":")[1]: int(item.split(":")[2]) for item in items if re.match(rf"{TOKEN}:\w+:\d+$", item)}
+    found = [m for m in (re.fullmatch(rf"{TOKEN}:(\w+):(\d+)(K?)", item) for item in items) if m]
+    shares = {m[1]: int(m[2]) * (1024 if m[3] else 1) for m in found}  # 1024 is shown as 1K
     if set(shares) != {"job", "size", "shut"}:
         raise NodeError(f"this node has no gres {TOKEN} in slurm.conf: take the lines of `rms slurm-config`")
     total = sum(shares.values())
@@ -376,7 +377,7 @@ class Publisher:
         """One attempt, with the lock held. Raises SlurmError, NodeError."""
         stamp = self._now()
         record = read(self._run(*question(self._node)), self._node)
-        with suppress(OSError):
+        with suppress(OSError, UnicodeError):
             demand.save(self._config.state_dir, record.comment)
         try:
             now = time.time()
@@ -414,8 +415,6 @@ class Publisher:
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
-                text=True,
-                errors="replace",
                 timeout=COMMAND_SECONDS,
                 check=False,
             )
@@ -424,8 +423,8 @@ class Publisher:
         except OSError as error:
             raise SlurmError(f"{command[0]}: {error}") from error
         if done.returncode != 0:
-            raise SlurmError(f"{command[0]}: {' '.join((done.stderr or done.stdout).split())}")
-        return done.stdout
+            raise SlurmError(f"{command[0]}: {' '.join(os.fsdecode(done.stderr or done.stdout).split())}")
+        return os.fsdecode(done.stdout)
 
 
 def _pauses() -> Iterator[float]:

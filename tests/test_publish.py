@@ -197,6 +197,11 @@ def test_the_total_of_the_token_never_changes(jobs: int, size: int) -> None:
     assert sum(shares) == 21 + 147 + 168 and min(shares) >= 1
 
 
+def test_a_count_that_slurm_shortens_is_read() -> None:
+    (gres,) = changes(told("migt:job:1,migt:size:2,migt:shut:1K"), Offer((), 2, 2), "features")
+    assert gres == "Gres=migt:job:2,migt:size:2,migt:shut:1023"
+
+
 def test_extra_keeps_what_a_site_has_there() -> None:
     (_, extra) = changes(told(TOKEN, extra='{"rack":7,"rms_old":1}'), Offer(("rms_a_1",), 1, 1), "extra")
     assert json.loads(extra.removeprefix("Extra=")) == {"rack": 7, "rms_a_1": 1}
@@ -211,6 +216,9 @@ def test_reads_what_sinfo_prints() -> None:
     fields = ["a100", "a100", TOKEN, "rms1:u=1;j=;k=;q=;mine", "(null)"]
     line = "".join(text.ljust(width) for text, (_, width) in zip(fields, publish.FIELDS, strict=True))
     assert publish.read(f"{line}\n{line}\n", "n1") == Record("a100", "a100", TOKEN, "rms1:u=1;j=;k=;q=;mine", "")
+    # Columns are as wide in bytes: one letter of two of them must not move what stands behind it.
+    line = line.replace("mine ", "Süd ")
+    assert publish.read(f"{line}\n", "n1") == Record("a100", "a100", TOKEN, "rms1:u=1;j=;k=;q=;Süd", "")
     with pytest.raises(NodeError, match="no node"):
         publish.read("", "n1")
     with pytest.raises(NodeError, match="too long"):
