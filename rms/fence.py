@@ -140,20 +140,27 @@ def _settle() -> None:
     """Wait for what may have read an entry before it was written: a nvidia-modprobe that runs. One that a user has
     started is ended, since the user may have stopped it to let it go on later."""
     running = [pid for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))) if _modprobe(pid)]
+    ended = set()
     until = time.monotonic() + _SETTLE_SECONDS
     while running := [pid for pid in running if _modprobe(pid)]:
         for pid in running:
             with suppress(OSError):
                 if not roots(pid):
                     os.kill(pid, signal.SIGKILL)
+                    ended.add(pid)
         if time.monotonic() > until:
-            raise FenceError(f"nvidia-modprobe (process {running[0]}) does not end, and might open what is fenced")
+            if left := {*running} - ended:
+                raise FenceError(f"nvidia-modprobe (process {min(left)}) does not end, and might open what is fenced")
+            return  # the kernel has it wait for something of its user's (FUSE), and ends it as soon as that is over
         time.sleep(0.001)
 
 
 def _modprobe(pid: int) -> bool:
+    """Whether that is a nvidia-modprobe with rights of root's. A user's own program may have that name, too."""
     try:
-        return os.readlink(f"/proc/{pid}/exe").rpartition("/")[2].partition(" ")[0] == "nvidia-modprobe"
+        return os.readlink(f"/proc/{pid}/exe").rpartition("/")[2].partition(" ")[0] == "nvidia-modprobe" and (
+            b"0" in _uids(pid)
+        )
     except OSError:  # it has ended, or is the kernel's
         return False
 
@@ -284,5 +291,9 @@ def _open(pid: int) -> Iterator[int]:
 
 def roots(pid: int) -> bool:
     """Whether all user ids of a process are root's: real, effective, saved and of the file system. Raises OSError."""
+    return _uids(pid) == {b"0"}
+
+
+def _uids(pid: int) -> set[bytes]:
     with open(f"/proc/{pid}/status", "rb") as file:
-        return next((set(line.split()[1:]) == {b"0"} for line in file if line.startswith(b"Uid:")), False)
+        return next((set(line.split()[1:]) for line in file if line.startswith(b"Uid:")), set())

@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,7 +28,7 @@ from conftest import Node, run
 from rms import cli, fence
 from rms.device import DeviceError
 from rms.errors import NodeError, NoRoomError
-from rms.fence import Capability
+from rms.fence import Capability, FenceError
 
 BACKENDS = ["simulated", "nvml"]
 ALICE, BOB, CAROL = 61001, 61002, 61003
@@ -318,6 +318,33 @@ def test_an_nvidia_modprobe_that_was_stopped(real: Node, fast_dir: Path, who: in
     ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     assert ended == (-signal.SIGKILL if who else 0)
     assert openers(*paths) == [BOB]
+
+
+@pytest.mark.parametrize(("uids", "stops"), [((ALICE, ALICE, ALICE), ""), ((ALICE, 0, 0), ""), ((0, 0, 0), "not end")])
+def test_a_process_that_does_not_end_stops_nothing_unless_it_is_roots(
+    uids: tuple[int, int, int], stops: str, fast_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that writes to a file system of its user's own (FUSE), where no signal reaches it."""
+    program = fast_dir / "nvidia-modprobe"
+    shutil.copy("/bin/sleep", program)
+    program.chmod(0o755)
+
+    def start() -> None:
+        os.setresuid(*uids)
+        os.execv(program, [str(program), "600"])
+
+    pid = child(start)
+    while os.readlink(f"/proc/{pid}/exe") != str(program):
+        time.sleep(0.01)
+    killed: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(fence, "_SETTLE_SECONDS", 0.1)
+        patch.setattr(os, "kill", lambda pid, number: killed.append(pid))
+        with pytest.raises(FenceError, match=stops) if stops else nullcontext():
+            fence._settle()
+    assert {*killed} == ({pid} if uids[0] != uids[1] else set())  # a user's own program has no rights to fear
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
 
 
 def test_modprobe_of_the_tests_would(real: Node) -> None:
