@@ -324,7 +324,11 @@ class Publisher:
         """
         if self._config.admission == "sums" or self._is_published():
             return True
-        child = os.fork()
+        try:
+            child = os.fork()
+        except OSError as error:  # of no concern to the job: the timer publishes
+            self._log(f"cannot publish what fits: no process: {error.strerror}")
+            return False
         if child == 0:
             code = 1
             try:
@@ -400,8 +404,8 @@ class Publisher:
 
     def _is_published(self) -> bool:
         try:
-            with open(self._stamp, encoding="ascii") as file:
-                return file.read() == self._now()
+            with open(self._stamp, "rb") as file:
+                return file.read() == self._now().encode()
         except OSError:
             return False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -301,6 +302,19 @@ def test_while_slurmctld_is_away_one_process_goes_on_trying(node: Node, slurmctl
     slurmctld.down.unlink()
     until(lambda: slurmctld.sizes()[-1:] == [2 + publish.span(A100)])
     until(lambda: publisher(node).soon())
+
+
+def test_a_node_without_a_process_to_spare_drains_nothing(
+    node: Node, slurmctld: Slurmctld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fork() -> int:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    node.acquire(1, "1g.10gb:1")
+    monkeypatch.setattr(os, "fork", fork)
+    said: list[str] = []
+    assert not Publisher(node.config._replace(admission="features"), "", "n1", said.append).soon(60)
+    assert said == ["cannot publish what fits: no process: Resource temporarily unavailable"]
 
 
 def test_a_state_that_cannot_be_read_offers_nothing(node: Node, slurmctld: Slurmctld) -> None:
