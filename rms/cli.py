@@ -60,9 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.set_defaults(verb=reconcile)
     verb.add_argument("--dry-run", action="store_true", help="say what would be done, and change nothing")
-    verb.add_argument(
-        "--slurm-conf", metavar="PATH", default="/etc/slurm/slurm.conf", help="of the slurmctld to ask what runs here"
-    )
+    _slurm_option(verb)
     _node_options(verb)
 
     verb = verbs.add_parser("mig", allow_abbrev=False, help="turn MIG mode on or off, while no job uses the GPU")
@@ -98,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         "watch", allow_abbrev=False, help="a service beside slurmctld: large jobs do not starve (docs/slurm.md)"
     )
     verb.set_defaults(verb=watch)
-    verb.add_argument("--slurm-conf", metavar="PATH", default="/etc/slurm/slurm.conf", help="default: %(default)s")
+    _slurm_option(verb)
     verb.add_argument(
         "--gpus",
         type=int,

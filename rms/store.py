@@ -83,7 +83,7 @@ class Store:
     @contextmanager
     def publishing(self) -> Iterator[None]:
         """The lock of who tells slurmctld what fits; the state's is not held meanwhile."""
-        with self._locked("publish.lock", "publish"):
+        with self._locked("publish.lock", "publish, for as long as slurmctld does not answer"):
             yield
 
     def save(self, state: State) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from rms import geometry
+from rms import cli, geometry
 from slurm import publish, site
 from slurm.check import problems
 
@@ -107,3 +107,11 @@ def test_the_node() -> None:
 def test_the_node_that_is_never_there(never: dict[str, str], said: str) -> None:
     (one,) = found("features", never=never)
     assert said in one
+
+
+@pytest.mark.parametrize("verb", ["doctor", "publish", "reconcile", "watch"])
+def test_every_verb_asks_the_same_slurm(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_CONF", "/srv/slurm.conf")
+    assert cli._parser().parse_args([verb]).slurm_conf == "/srv/slurm.conf"
+    monkeypatch.delenv("SLURM_CONF")
+    assert cli._parser().parse_args([verb]).slurm_conf == "/etc/slurm/slurm.conf"
