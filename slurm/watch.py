@@ -32,6 +32,8 @@ LIFE = 180
 """How long a line counts (s). It is renewed when half of that is over; nodes publish at least once a minute."""
 GRACE = 120
 """How long a job may go on waiting (s) after the moment when there should have been room: something else holds it."""
+AGAIN = 600
+"""How long a node is then left out for this job (s): what held it may be over, and no other node may be left."""
 UNKNOWN = 3600
 """When there will be room (s from now) if that hangs on jobs without a time limit."""
 FIRST = 64
@@ -252,7 +254,8 @@ class Watch:
         if not alive and self._quiet:
             return
         nodes = self._ask.nodes()
-        self._promised = {key: free for key, free in self._promised.items() if key[0] in alive}
+        still = {key: free for key, free in self._promised.items() if key[0] in alive}
+        self._promised = {key: free for key, free in still.items() if now <= free + GRACE + AGAIN}
         overdue = [key for key, free in self._promised.items() if now > free + GRACE]
         kept = decide(jobs, nodes, now, self._most, overdue)
         for comment, names in lines(jobs, nodes, kept, now).items():

@@ -296,7 +296,7 @@ def test_while_slurmctld_is_away_one_process_goes_on_trying(node: Node, slurmctl
     assert time.monotonic() - began < 20
     node.acquire(2, "1g.10gb:1")
     assert not publisher(node).soon()
-    with pytest.raises(NodeError, match="is held by .* as long as slurmctld does not answer"):
+    with pytest.raises(NodeError, match=r"is held by .* as long as slurmctld does not answer"):
         Publisher(node.config._replace(admission="features"), "", "n1", print).now(1.0)
     assert slurmctld.sizes() == []
     slurmctld.down.unlink()

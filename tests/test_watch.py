@@ -225,7 +225,11 @@ def test_a_job_that_does_not_come_loses_its_room() -> None:
     watching.look(NOW + 1000)
     slurm.jobs = [job(9)]
     assert kept(NOW + 1001), "another run of it"
+    assert not kept(NOW + 1002 + watch.GRACE) and not kept(NOW + 1001 + watch.GRACE + watch.AGAIN)
+    assert kept(NOW + 1002 + watch.GRACE + watch.AGAIN), "what held it may be over; there is no other node"
     assert [line.partition(", to be")[0] for line in log] == [
+        "n1: keep room for 7g.80gb:1 of job 9",
+        "n1: no room to keep any more for job 9",
         "n1: keep room for 7g.80gb:1 of job 9",
         "n1: no room to keep any more for job 9",
         "n1: keep room for 7g.80gb:1 of job 9",
