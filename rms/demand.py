@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import NamedTuple
 
-from rms import files
+from rms import files, refused
 from rms.errors import RequestError
 from rms.geometry import Geometry
 from rms.planner import Demand
@@ -109,9 +109,17 @@ def save(state_dir: str, comment: str) -> None:
 
 
 def load(state_dir: str, now: float) -> Told | None:
-    """What `save` has left; None where there is nothing, or it has expired."""
+    """What `save` has left; None where there is nothing, or it has expired.
+
+    Where the queue wants no room kept, the first of the jobs that this node has sent back has it.
+    """
     try:
         with open(os.path.join(state_dir, FILE), encoding="ascii") as file:
-            return read(file.read(2000), now)
+            told = read(file.read(2000), now)
     except (OSError, UnicodeError):
-        return None
+        told = None
+    if (told is None or not told.keep) and (waiting := refused.load(state_dir, now)):
+        first = waiting[0]
+        queue = tuple(Waiting(one.request, 1, 0, one.submit) for one in waiting)
+        return (told or Told(int(first.until), waiting=queue))._replace(job=first.job, keep=first.request)
+    return told

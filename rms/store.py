@@ -1,8 +1,9 @@
 """The state file and the locks around it.
 
-One JSON file with a checksum, replaced whole at every change, the generation before it kept beside it. Three kinds of
-lock, all in the state directory: one for the state, held for milliseconds; one per GPU, held while its hardware is
-changed; one for publishing. A process that holds one of the others may take the state's, never the other way round.
+One JSON file with a checksum, replaced whole at every change, the generation before it kept beside it. Locks, all in
+the state directory: one for the state, held for milliseconds; one per GPU, held while its hardware is changed; one for
+publishing, one for the list of refused jobs. A process that holds one of the others may take the state's, never the
+other way round.
 """
 
 from __future__ import annotations
@@ -84,6 +85,12 @@ class Store:
     def publishing(self) -> Iterator[None]:
         """The lock of who tells slurmctld what fits; the state's is not held meanwhile."""
         with self._locked("publish.lock", "publish, for as long as slurmctld does not answer"):
+            yield
+
+    @contextmanager
+    def refusing(self) -> Iterator[None]:
+        """The lock of the jobs that were sent back (rms/refused.py)."""
+        with self._locked("refused.lock", "refused"):
             yield
 
     def save(self, state: State) -> None:

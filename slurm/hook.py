@@ -18,19 +18,25 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import controller
 from rms import config as configuration
-from rms import grant
+from rms import grant, inventory, planner, refused
 from rms.config import Config
 from rms.errors import ClosedRunError, NodeError, NoRoomError, RequestError, RmsError
 from rms.inventory import Run
-from rms.request import Ticket, parse_comment, printable
+from rms.refused import Refused
+from rms.request import Ticket, parse, parse_comment, printable
+from rms.store import Damaged, Store
 
 if TYPE_CHECKING:
     from slurm.slurmctld import Job, Slurmctld
 
 UNTOLD = 75
 """Exit code when slurmctld can't be told what to do (EX_TEMPFAIL). Not 1, with which Python ends when it is broken."""
-RETRY_SECONDS = 10
-"""How soon a job without room is tried again, where Slurm allows it."""
+RETRY_SECONDS = 30
+"""How soon a job without room is tried again, where Slurm allows it; it is woken sooner where room has been made."""
+REMEMBERED_SECONDS = 90
+"""For how long a job without room is remembered, and its room kept."""
+WAKE_SECONDS = 3.0
+"""How long an Epilog waits for an answer when it wakes a job."""
 HOOKS_SECONDS = 10
 """What is added to a credential's life: this Prolog's end and the Epilog fall into it."""
 ELSEWHERE_SECONDS = 5
@@ -123,6 +129,7 @@ def epilog(hook: Hook, config: Config, slurm_conf: str, log: Log) -> int:
     # Before slurmctld knows that the job is over, or it would count one job too many among those that it may send.
     if not _publish(hook, config, slurm_conf, log, PUBLISH_SECONDS):
         log("what fits is not published yet; it is tried on in the background")
+    _wake(config, slurm_conf, log)
     return 0
 
 
@@ -171,6 +178,8 @@ def _refuse(
             if job.batch:
                 life = slurmctld.credential_seconds()
                 _requeue(slurmctld, job, RETRY_SECONDS if life is None else life + HOOKS_SECONDS, log, why)
+                if life is None:
+                    _remember(hook, config, ticket, slurmctld, job.name)
                 return 0
         except SilentError as error:
             # To end now would have this node drained and the job held as soon as slurmctld is back.
@@ -203,6 +212,48 @@ def _requeue(slurmctld: Slurmctld, job: Job, delay: int, log: Log, why: str) -> 
     log(f"{why}; requeued, to start in {delay} s at the earliest")
     # The order to end reaches slurmd a moment after the command: until then this Prolog must not end.
     time.sleep(1)
+
+
+def _remember(hook: Hook, config: Config, ticket: Ticket, slurmctld: Slurmctld, name: str) -> None:
+    """Note a job that was sent back, with its place in line."""
+    from slurm.slurmctld import SlurmError
+
+    with suppress(SlurmError, OSError, RmsError):  # it comes back by itself at its start time
+        start = slurmctld.comes_back(name)
+        if start is None:
+            return
+        now = time.time()
+        one = Refused(hook.run.job, name, ticket.request, ticket.submit, start, now + REMEMBERED_SECONDS)
+        with Store(config.state_dir, time.monotonic() + WAKE_SECONDS).refusing():
+            others = [other for other in refused.load(config.state_dir, now) if other.job != one.job]
+            refused.save(config.state_dir, sorted([*others, one], key=lambda other: (other.submit, other.job)))
+
+
+def _wake(config: Config, slurm_conf: str, log: Log) -> None:
+    """Wake the first job in line, if there is room for it by now. One that was held, changed, or has started meanwhile
+    is forgotten: what its user has done counts."""
+    if not refused.load(config.state_dir, time.time()):
+        return
+    from slurm.slurmctld import Slurmctld, SlurmError
+
+    slurmctld = Slurmctld(slurm_conf, WAKE_SECONDS)
+    store = Store(config.state_dir, time.monotonic() + WAKE_SECONDS)
+    try:
+        with store.refusing():
+            now = time.time()
+            waiting = refused.load(config.state_dir, now)
+            while waiting:
+                view = inventory.view(store.glance(), now)
+                request = parse(waiting[0].request, view.gpus[0].geometry)
+                if slurmctld.comes_back(waiting[0].name) == waiting[0].start:
+                    if planner.fits(view, request):
+                        slurmctld.wake(waiting[0].name)
+                        log(f"there is room for {request}: woke job {waiting[0].name}")
+                    break
+                waiting = waiting[1:]
+            refused.save(config.state_dir, waiting)
+    except (SlurmError, OSError, RmsError, Damaged) as error:
+        log(f"cannot wake the jobs that wait for room: {error}")
 
 
 def _cancel(hook: Hook, slurm_conf: str, log: Log, why: str) -> int:

@@ -386,7 +386,7 @@ class Publisher:
         try:
             now = time.time()
             boot_id = configuration.boot_id(self._config)
-            said = offer(store.glance(), boot_id, now, demand.read(record.comment, now))
+            said = offer(store.glance(), boot_id, now, demand.load(self._config.state_dir, now))
         except (Damaged, RequestError):
             said = NOTHING  # the next call of the controller mends it
         if wanted := changes(record, said, self._config.admission):

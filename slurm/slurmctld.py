@@ -38,7 +38,7 @@ class Slurmctld:
     """The slurmctld of a slurm.conf."""
 
     def __init__(self, slurm_conf: str, seconds: float = 25.0) -> None:
-        self._environment = {"PATH": PATH, "SLURM_CONF": slurm_conf, "LC_ALL": "C"}
+        self._environment = {"PATH": PATH, "SLURM_CONF": slurm_conf, "LC_ALL": "C", "SLURM_TIME_FORMAT": "%s"}
         self._seconds = seconds
 
     def job(self, job_id: int, restart: int, node: str) -> Job | None:
@@ -98,6 +98,20 @@ class Slurmctld:
         self._update(job, f"StartTime=now+{delay}")
         if not job.requeue:
             self._update(job, "Requeue=0")
+
+    def comes_back(self, name: str) -> int | None:
+        """From when on a job in the queue may start (epoch); None for one that is held, or not in the queue.
+
+        One that was requeued a moment ago is shown as completing until its Epilog has ended.
+        """
+        fields = "State:20,PriorityLong:20,EligibleTime:30"
+        words = self._run("squeue", "--noheader", "--states=all", f"--jobs={name}", f"--Format={fields}").split()
+        waits = len(words) == 3 and words[0] in ("PENDING", "COMPLETING") and words[1] != "0"
+        return int(words[2]) if waits and words[2].isdigit() else None
+
+    def wake(self, name: str) -> None:
+        """Let a job that waits for its start time start at once."""
+        self._run("scontrol", "update", f"JobId={name}", "StartTime=now")
 
     def cancel(self, job: Job, message: str) -> None:
         """End a job and tell its user why."""

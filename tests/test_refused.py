@@ -1,0 +1,90 @@
+"""Jobs that were sent back: remembered in their order, their room kept, woken when there is room for them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import Node
+from rms_cluster import RmsCluster, rms_cluster
+from throwaway import PATH
+
+from rms import demand, refused
+from rms.demand import Told
+from rms.refused import MOST, Refused
+
+
+def one(job: int, submit: int = 0, until: float = 100.0) -> Refused:
+    return Refused(job, str(job), "3g.40gb:1", submit, 50, until)
+
+
+def test_they_are_remembered_in_the_order_of_submission_and_not_for_ever(tmp_path: Path) -> None:
+    assert refused.load(str(tmp_path), 0.0) == []
+    refused.save(str(tmp_path), [one(3, 9), one(2, 5, until=10.0), one(1, 5)])
+    assert [r.job for r in refused.load(str(tmp_path), 0.0)] == [1, 2, 3]
+    assert [r.job for r in refused.load(str(tmp_path), 20.0)] == [1, 3]
+    refused.save(str(tmp_path), [one(job) for job in range(MOST + 5)])
+    assert len(refused.load(str(tmp_path), 0.0)) == MOST
+    refused.save(str(tmp_path), [])
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / refused.FILE).write_text("rubbish")
+    assert refused.load(str(tmp_path), 0.0) == []
+
+
+def test_room_is_kept_for_the_first_unless_the_queue_wants_other_room(tmp_path: Path) -> None:
+    refused.save(str(tmp_path), [one(8, 9), one(7, 5)])
+    told = demand.load(str(tmp_path), 0.0)
+    assert told and (told.job, told.keep, len(told.waiting)) == (7, "3g.40gb:1", 2)
+    demand.save(str(tmp_path), str(Told(100, 1, "7g.80gb:1")))
+    told = demand.load(str(tmp_path), 0.0)
+    assert told and (told.job, told.keep) == (1, "7g.80gb:1")
+    assert demand.load(str(tmp_path), 200.0) is None
+
+
+def test_what_is_kept_for_one_that_was_sent_back_is_not_given_to_others(node: Node) -> None:
+    for job in (1, 2):
+        node.acquire(job, "4g.40gb:1")  # on each GPU its second half is left
+    refused.save(node.config.state_dir, [Refused(9, "9", "3g.40gb:1", 5, 50, time.time() + 60)])
+    node.acquire(3, "1g.10gb:1")
+    node.acquire(4, "1g.10gb:1")
+    node.acquire(9, "3g.40gb:1")
+
+
+def version() -> tuple[int, ...]:
+    command = ["slurmctld", "-V"]
+    shown = subprocess.run(command, env={"PATH": PATH}, capture_output=True, text=True, check=True).stdout
+    return tuple(int(part) for part in re.findall(r"\d+", shown)[:3])
+
+
+@pytest.mark.slurm
+def test_the_epilog_that_makes_room_wakes_who_was_sent_back(slurm_root: Path) -> None:
+    if version() < (23, 2, 7):
+        pytest.skip("before Slurm 23.02.7 a job may not come back before its credential has expired")
+    with rms_cluster(slurm_root, nodes=1, create=0.02, destroy=0.02, cred_expire=5) as slurm:
+        long = slurm.sbatch("sleep 600", "--gres=mig:2g:4", user=slurm.users[1])
+        slurm.wait(lambda: f"job {long}.0: granted" in log(slurm), 60, "it runs")
+        jobs = [slurm.sbatch("true", "--gres=mig:3g:2", user=slurm.users[0]) for _ in range(3)]
+        for job in jobs:
+            slurm.wait(lambda job=job: f"job {job}.0: no room" in log(slurm), 60, "sent back")
+            slurm.wait(lambda job=job: f'"{job}"' in remembered(slurm), 60, "remembered")
+        slurm.run("scontrol", "update", f"jobid={jobs[0]}", "StartTime=now+3600", user=slurm.users[0])
+        slurm.run("scontrol", "hold", str(jobs[1]), user=slurm.users[0])
+        began = time.monotonic()
+        slurm.run("scancel", str(long))
+        slurm.wait(lambda: slurm.job(jobs[2])["JobState"] == "COMPLETED", 25, "woken, and not after 30 s")
+        assert time.monotonic() - began < 25 and f"woke job {jobs[2]}" in log(slurm)
+        assert slurm.job(jobs[0])["JobState"] == slurm.job(jobs[1])["JobState"] == "PENDING", "as their user has set it"
+        slurm.wait(lambda: remembered(slurm) == "", 30, "nobody is remembered any more")
+
+
+def log(slurm: RmsCluster) -> str:
+    path = slurm.root / "n1" / "hooks.log"
+    return path.read_text() if path.exists() else ""
+
+
+def remembered(slurm: RmsCluster) -> str:
+    path = slurm.root / "n1" / "state" / refused.FILE
+    return path.read_text() if path.exists() else ""
