@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from policy import evaluate, exact, model, seeds, simulator, transitions, workload
+from policy import evaluate, exact, model, report, seeds, simulator, transitions, workload
 from policy.exact import Demand
 from policy.simulator import Array, Node
 from policy.transitions import Transitions
@@ -257,7 +257,7 @@ def imitate(config: dict[str, Any], seed: int, folder: Path) -> Net:
                 saved.with_suffix(".part"),
             )
             saved.with_suffix(".part").replace(saved)
-            (folder / "curve.json").write_text(json.dumps(curve, indent=1) + "\n")
+            note(folder / "curve.json", curve, "lost points")
     return net
 
 
@@ -311,7 +311,7 @@ def play(config: dict[str, Any], seed: int, net: Net, folder: Path) -> Net:
             kept = {"timed": now, "optimiser": optimiser.state_dict(), "mean": mean, "curve": curve, "step": step + 1}
             torch.save(kept, saved.with_suffix(".part"))
             saved.with_suffix(".part").replace(saved)
-            (folder / "playing.json").write_text(json.dumps(curve, indent=1) + "\n")
+            note(folder / "playing.json", curve, "wait")
     start = net.layers[-1].state_dict()
     net.timed.load_state_dict({name: start[name].lerp(value, options["kept"]) for name, value in mean.items()})
     return net
@@ -357,6 +357,14 @@ def examine(config: dict[str, Any], moves: Transitions, net: Net) -> float:
         for seed in range(4):
             found.append(waits(config, moves, game, stream(moves, game, 40_000, 10 * i + seed), value))
     return float(np.mean(found))
+
+
+def note(path: Path, curve: list[dict[str, float]], what: str) -> None:
+    """Write a learning curve, and its picture beside it."""
+    path.write_text(json.dumps(curve, indent=1) + "\n")
+    values = [point[what] for point in curve]
+    drawn = report.curves([values], curve[-1]["step"], report.nice(max(values)), ["#2563eb"])
+    path.with_suffix(".svg").write_text(drawn + "\n")
 
 
 def progress(text: str) -> None:

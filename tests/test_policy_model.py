@@ -315,6 +315,7 @@ def test_training_learns_and_goes_on_where_it_was_cut_off(tmp_path: Path) -> Non
     curve = (tmp_path / "curve.json").read_text()
     assert '"step": 2,' in curve and '"step": 150,' in curve
     assert '"step": 20,' in (tmp_path / "playing.json").read_text()
+    assert all("<polyline" in (tmp_path / f"{name}.svg").read_text() for name in ("curve", "playing"))
     shares = workload.mix("uniform", moves).tolist()
     rule = config["rule"]
     assert isinstance(rule, dict)
