@@ -107,7 +107,7 @@ def prolog(hook: Hook, config: Config, slurm_conf: str, log: Log) -> int:
     try:
         granted = _acquire(hook, config, ticket, log)
     except NoRoomError as error:
-        _publish(hook, config, slurm_conf, log)  # slurmctld was wrong about this node
+        _publish(hook, config, slurm_conf, log, again=True)  # slurmctld was wrong about this node
         waited = _refuse(hook, config, ticket, slurm_conf, log, str(error))
         if isinstance(waited, int):
             return waited
@@ -133,13 +133,13 @@ def epilog(hook: Hook, config: Config, slurm_conf: str, log: Log) -> int:
     return 0
 
 
-def _publish(hook: Hook, config: Config, slurm_conf: str, log: Log, wait: float = 0.0) -> bool:
+def _publish(hook: Hook, config: Config, slurm_conf: str, log: Log, wait: float = 0.0, again: bool = False) -> bool:
     """Tell slurmctld what fits now. Whether it knows; without `wait` that is left to a process in the background."""
     if config.admission == "sums":
         return True
     from slurm.publish import Publisher
 
-    return Publisher(config, slurm_conf, hook.node, log).soon(wait)
+    return Publisher(config, slurm_conf, hook.node, log).soon(wait, again)
 
 
 def _ending(hook: Hook, config: Config, local: controller.Controller) -> list[Run]:

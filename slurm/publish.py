@@ -316,13 +316,20 @@ class Publisher:
         self._log = log
         self._stamp = os.path.join(config.state_dir, FILE)
 
-    def soon(self, wait: float = 0.0) -> bool:
+    def soon(self, wait: float = 0.0, again: bool = False) -> bool:
         """Publish in a process of its own, and wait for it so long. Whether it was done by then.
+
+        What was published already is not, unless `again`: slurmctld seems to have forgotten it.
 
         The process outlives the hook where slurmctld does not answer, and there is never more than one that tries:
         it looks for a newer state after each success, others only wait a moment for its lock.
         """
-        if self._config.admission == "sums" or self._is_published():
+        if self._config.admission == "sums":
+            return True
+        if again:
+            with suppress(OSError):
+                os.unlink(self._stamp)
+        if self._is_published():
             return True
         try:
             child = os.fork()

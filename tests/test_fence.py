@@ -570,7 +570,7 @@ def test_a_file_system_that_does_not_answer(fast_dir: Path) -> None:
             asked.wait(1)
         began = time.monotonic()
         assert pid in fence.holders([Capability("/dev/full", os.stat("/dev/full").st_rdev)])
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 20
         asked.kill()
     asked.wait()
 
