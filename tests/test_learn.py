@@ -30,7 +30,7 @@ def rms(node: Node, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
     """`rms learn ARGUMENTS --json` in short, for that node: what it told; or its exit code and complaint."""
     monkeypatch.setattr(learn, "STREAMS", 2)
     monkeypatch.setattr(learn, "CANDIDATES", 8)
-    monkeypatch.setattr(learn, "REPLAYS", 2)
+    monkeypatch.setattr(learn, "REPLAYS", 1)
     monkeypatch.setattr(learn, "LENGTH", 2000)
     monkeypatch.setattr(learn, "SUITE_JOBS", 10_000)
 
@@ -53,8 +53,8 @@ def in_use(node: Node) -> str:
 
 @pytest.fixture(scope="module")
 def plain() -> Lines:
-    """A log of 6,000 jobs on 4 GPUs, a user with each tenth of them."""
-    return list(audit_log.lines(audit_log.jobs(count=6000), 4, of=SHIPPED, users=10))
+    """A log of 4,800 jobs on 4 GPUs, a user with each tenth of them."""
+    return list(audit_log.lines(audit_log.jobs(count=4800), 4, of=SHIPPED, users=10))
 
 
 def write(path: Path, lines: Lines) -> Path:
@@ -115,7 +115,7 @@ def test_the_log_of_a_real_controller(node: Node, monkeypatch: pytest.MonkeyPatc
 
 def test_logs_of_many_nodes_rotated_and_packed(plain: Lines, tmp_path: Path) -> None:
     whole = read(write(tmp_path / "whole", plain))
-    assert len(whole.jobs) == 6000 and whole.gpus == 4
+    assert len(whole.jobs) == 4800 and whole.gpus == 4
     owner = {str(e["run"]): e["instances"][0][0] for e in plain if e["event"] == "granted"}
     one = [e for e in plain if owner[str(e["run"])] < "GPU-2"]
     two = [e for e in plain if owner[str(e["run"])] >= "GPU-2"]
