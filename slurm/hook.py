@@ -112,6 +112,7 @@ def prolog(hook: Hook, config: Config, slurm_conf: str, log: Log) -> int:
         if isinstance(waited, int):
             return waited
         granted = waited
+    _forget(hook, config)
     # Not waited for: until slurmctld has it, it sends no more jobs than were let in together.
     _publish(hook, config, slurm_conf, log)
     places = ", ".join(f"GPU {g.number} {g.placement} {g.uuid}" for g in granted)
@@ -227,6 +228,14 @@ def _remember(hook: Hook, config: Config, ticket: Ticket, slurmctld: Slurmctld, 
         with Store(config.state_dir, time.monotonic() + WAKE_SECONDS).refusing():
             others = [other for other in refused.load(config.state_dir, now) if other.job != one.job]
             refused.save(config.state_dir, sorted([*others, one], key=lambda other: (other.submit, other.job)))
+
+
+def _forget(hook: Hook, config: Config) -> None:
+    """A job that has what it was sent back for waits no more: neither is room kept for it, nor can it be woken."""
+    if any(one.job == hook.run.job for one in refused.load(config.state_dir, time.time())):
+        with suppress(OSError, RmsError), Store(config.state_dir, time.monotonic() + WAKE_SECONDS).refusing():
+            waiting = refused.load(config.state_dir, time.time())
+            refused.save(config.state_dir, [one for one in waiting if one.job != hook.run.job])
 
 
 def _wake(config: Config, slurm_conf: str, log: Log) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,10 @@ from throwaway import PATH
 
 from rms import demand, refused
 from rms.demand import Told
+from rms.errors import NoRoomError
+from rms.inventory import Run
 from rms.refused import MOST, Refused
+from slurm import hook
 
 
 def one(job: int, submit: int = 0, until: float = 100.0) -> Refused:
@@ -44,13 +48,27 @@ def test_room_is_kept_for_the_first_unless_the_queue_wants_other_room(tmp_path: 
     assert demand.load(str(tmp_path), 200.0) is None
 
 
-def test_what_is_kept_for_one_that_was_sent_back_is_not_given_to_others(node: Node) -> None:
-    for job in (1, 2):
-        node.acquire(job, "4g.40gb:1")  # on each GPU its second half is left
-    refused.save(node.config.state_dir, [Refused(9, "9", "3g.40gb:1", 5, 50, time.time() + 60)])
-    node.acquire(3, "1g.10gb:1")
-    node.acquire(4, "1g.10gb:1")
-    node.acquire(9, "3g.40gb:1")
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_is_kept_for_one_that_was_sent_back_is_not_given_to_others(node: Node, kept: bool) -> None:
+    node.acquire(1, "4g.40gb:1")
+    node.acquire(2, "3g.40gb:1")  # beside it: the first GPU is full
+    places = {node.acquire(job, "1g.10gb:1")[0].placement.start: job for job in range(3, 10)}
+    for start, job in places.items():
+        if start not in (2, 5):  # on the second GPU there is more room, but not for a 3g
+            node.release(job)
+    node.release(2)
+    if kept:
+        refused.save(node.config.state_dir, [Refused(99, "99", "3g.40gb:1", 5, 50, time.time() + 60)])
+    node.acquire(10, "1g.10gb:1")
+    with nullcontext() if kept else pytest.raises(NoRoomError):
+        node.acquire(99, "3g.40gb:1")
+
+
+def test_who_has_come_waits_no_more(node: Node) -> None:
+    refused.save(node.config.state_dir, [one(9, 5, time.time() + 60), one(8, 6, time.time() + 60)])
+    come = hook.Hook("n1", Run("c", 9, 1), 1000, "rms1:3g.40gb:1;s=5;l=5;")
+    assert hook.prolog(come, node.config, "/nowhere", hook.Log("prolog")) == 0
+    assert [r.job for r in refused.load(node.config.state_dir, time.time())] == [8]
 
 
 def version() -> tuple[int, ...]:
