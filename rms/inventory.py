@@ -421,11 +421,11 @@ def claim(state: State, owner: Owner, now: float, everything: bool = False) -> C
             state.allocations.remove(allocation)
     gpus, places, refused = [], set(), set()
     for gpu in state.gpus:
-        held = any(i.trouble == "held" or i.intent in numbers for i in gpu.instances)
+        urgent = any(i.intent in numbers or (i.trouble == "held" and not gpu.fault) for i in gpu.instances)
         waits = bool(gpu.fault) or any(i.status == "quarantined" for i in gpu.instances)
-        if gpu.left and not held:
+        if gpu.left and not any(i.intent in numbers or i.trouble == "held" for i in gpu.instances):
             continue
-        if not (everything or held or gpu.doubt or (waits and _due(gpu, now))):
+        if not (everything or urgent or gpu.doubt or gpu.left or (waits and _due(gpu, now))):
             continue
         gpus.append(gpu.uuid)
         for i in gpu.instances:
@@ -551,10 +551,10 @@ def _judge(actual: DeviceInstance, survey: Survey, lost: int, before: Trouble) -
         return "held", survey.held[actual.gi]
     if actual.placement.mask & lost:
         return "foreign", "it stands where a run has lost its instance"
+    if actual.ci is None and before == "foreign":
+        return "foreign", "half-made, and not by RMS"
     if actual.ci is None:
-        return (
-            ("foreign", "half-made, and not by RMS") if before == "foreign" else ("half-made", refusal or "half-made")
-        )
+        return "half-made", refusal or "half-made"
     return ("refused", refusal or "the GPU would not destroy it") if before == "refused" else ("", "")
 
 

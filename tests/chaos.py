@@ -108,6 +108,7 @@ class Life:
         self.over: set[int] = set()  # jobs that have ended
         self.gone: set[int] = set()  # GPUs that are lost
         self.unknown: set[int] = set()  # those of them of which nothing but grants is left
+        self.blank = False  # nothing but grants is left of any, as long as nobody has called
         self.strangers: set[tuple[int, int]] = set()  # GPU and GI id of what somebody left half-made
         self.holders: dict[tuple[str, str], subprocess.Popen[bytes]] = {}  # by GPU's and MIG UUID
         self.there: dict[int, list[DeviceInstance]] | None = None  # what the GPUs had after the last event
@@ -192,7 +193,7 @@ class Life:
         except NodeError:
             assert len(self.gone) == self.count, "no GPU is usable, it says"
             return
-        self.settled = True
+        self.settled, self.blank = True, False
         self.unknown &= self.gone
         if not self.gone:
             self.check_leaks()
@@ -309,6 +310,7 @@ class Life:
                 path.write_bytes(data if how == 1 else data[: self.chance.randrange(len(data))])
         if both:  # who had lost an instance has only the others now
             self.unknown |= self.gone
+            self.blank = True
             for known in self.jobs.values():
                 forget(known, set(known.lost))
         return None
@@ -389,7 +391,7 @@ class Life:
         self.holders.clear()
         self.strangers.clear()
         self.unknown.clear()
-        self.settled = True
+        self.settled, self.blank = True, False
 
     # What they are made of.
 
@@ -503,8 +505,10 @@ class Life:
         self.settled = False
 
     def reset(self, number: int) -> None:
-        with suppress(NodeError):
-            self.node.controller().look()  # of an instance that nobody but a grant knows nobody knows where it was
+        if self.blank:  # of an instance that only a grant knows nobody could say where it was
+            with suppress(NodeError):
+                self.node.reconcile()
+            self.blank, self.unknown = False, self.unknown & self.gone
         for key in [key for key in self.holders if key[0] == self.uuids[number]]:
             end(self.holders.pop(key))
         self.node.vanish(number)

@@ -140,19 +140,24 @@ def test_the_state_is_rebuilt_while_a_gpu_is_lost(node: Node, both: bool) -> Non
 
 
 def test_a_lost_gpu_is_not_asked_by_every_hook(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    node.acquire(1, "1g")
+    node.acquire(1, "7g")
+    node.acquire(2, "7g")
+    (lost,) = [job for job in (1, 2) if node.acquire(job, "7g")[0].number == 1]
+    node.release(3 - lost)
     node.lose(1)
     node.reconcile()
+    node.release(lost)
+    node.acquire(9, "1g")
     asked: list[str] = []
     real = hardware.survey
     monkeypatch.setattr(hardware, "survey", lambda device, gpu, *more: asked.append(gpu) or real(device, gpu, *more))
-    for job in (2, 3):
+    for job in (10, 11):
         node.acquire(job, "1g")
     assert asked == []
     node.lose(1, lost=False)
     with monkeypatch.context() as patch:
-        later(patch, inventory.FIRST_RETRY + 1)
-        node.acquire(4, "7g")
+        later(patch, inventory.LAST_RETRY)
+        node.acquire(12, "7g")
     assert asked
     node.check_empties()
 
