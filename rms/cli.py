@@ -510,8 +510,12 @@ def policy_use(options: argparse.Namespace) -> int:
     before, name = shelf.in_use(), options.name
     if not shelf.has(name):
         path, name = name, os.path.basename(name).removesuffix(".model")
-        with open(path, "rb") as file:
-            shelf.add(file.read(model.MOST_BYTES + 1), name)
+        try:
+            with open(path, "rb") as file:
+                data = file.read(model.MOST_BYTES + 1)
+        except OSError as error:
+            raise RequestError(f"{path} is no model of rms policy list, and no file: {error.strerror}") from error
+        shelf.add(data, name)
     shelf.use(name)
     _swapped(settings, shelf, "use", before)
     print(f"{name} decides from now on; rms policy rollback leads back to {before}")

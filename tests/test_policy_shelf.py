@@ -116,7 +116,10 @@ def test_what_can_t_decide_is_refused(node: Node, rms: Any, tmp_path: Path) -> N
         (tmp_path / f"{name}.model").write_bytes(data)
         code, text = rms("policy", "use", str(tmp_path / f"{name}.model"))
         assert (code, complaint in text) == (3, True), text
-    assert rms("policy", "use", "nowhere")[0] == 1
+    assert rms("policy", "use", "nowhere") == (
+        3,
+        "rms: nowhere is no model of rms policy list, and no file: No such file or directory\n",
+    )
     assert rms("policy", "show", "nowhere")[0] == 3
     assert json.loads(rms("policy", "show", "--json")[1])["name"] == "shipped"
     assert not os.path.lexists(Path(node.config.policy_dir) / "slots8.model")
