@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from rms.geometry import Geometry, Placement
-
-if TYPE_CHECKING:
-    from rms.fence import Capability
 
 
 class Nvml(enum.IntEnum):
@@ -62,6 +59,15 @@ class DeviceInstance(NamedTuple):
     placement: Placement
     ci: int | None
     uuid: str | None
+
+
+class Capability(NamedTuple):
+    """One of the capabilities of an instance: its device node, the device number that this must have, and the file by
+    which the driver tells nvidia-modprobe whether to change the node (empty where there is no driver)."""
+
+    node: str
+    device: int
+    entry: str = ""
 
 
 class Device(Protocol):

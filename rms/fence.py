@@ -20,9 +20,8 @@ import struct
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import NamedTuple
 
-from rms.device import DeviceError, Nvml
+from rms.device import Capability, DeviceError, Nvml
 
 _ACL = "system.posix_acl_access"
 _USER_OBJ, _USER, _GROUP_OBJ, _MASK, _OTHER = 0x01, 0x02, 0x04, 0x10, 0x20  # linux/posix_acl_xattr.h
@@ -43,15 +42,6 @@ class FenceError(DeviceError):
     def __init__(self, text: str) -> None:
         Exception.__init__(self, text)
         self.code = Nvml.UNKNOWN
-
-
-class Capability(NamedTuple):
-    """One of the capabilities of an instance: its device node, the device number that this must have, and the file by
-    which the driver tells nvidia-modprobe whether to change the node (empty where there is no driver)."""
-
-    node: str
-    device: int
-    entry: str = ""
 
 
 class Driver:

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import pynvml
 
 from rms import fence, geometry
-from rms.device import DeviceError, DeviceInstance, Nvml
-from rms.fence import Capability
+from rms.device import Capability, DeviceError, DeviceInstance, Nvml
 from rms.geometry import Geometry, Placement, Profile
 
 _KINDS = {

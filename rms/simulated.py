@@ -19,8 +19,7 @@ from typing import Any
 from filelock import FileLock
 
 from rms import files, geometry
-from rms.device import DeviceError, DeviceInstance, Nvml
-from rms.fence import Capability
+from rms.device import Capability, DeviceError, DeviceInstance, Nvml
 from rms.geometry import Geometry, Placement
 
 _MEM, _FIRST_NODE = 1, 1000

@@ -26,9 +26,9 @@ import pytest
 from conftest import Node, run
 
 from rms import cli, fence
-from rms.device import DeviceError
+from rms.device import Capability, DeviceError
 from rms.errors import NodeError, NoRoomError
-from rms.fence import Capability, FenceError
+from rms.fence import FenceError
 
 BACKENDS = ["simulated", "nvml"]
 ALICE, BOB, CAROL = 61001, 61002, 61003
