@@ -216,7 +216,9 @@ def report(outcomes: list[Outcome], root: Path, seconds: float) -> int:
     print()
     for row in (head, tuple("-" * w for w in widths), *rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    print()
+    print(
+        "\nwaited: from submission to the job's first line; start delay: to it from the moment its Prolog asked RMS\n"
+    )
     for fault in faults:
         print(f"WRONG: {fault}")
     verdict = "no two jobs had the same slice at the same time" if not faults else f"{len(faults)} faults"
