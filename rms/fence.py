@@ -34,6 +34,9 @@ node with many threads; elsewhere all of them are looked at."""
 _FILES = 2  # KCMP_FILES
 _MODIFY = "DeviceFileModify"
 _SETTLE_SECONDS = 2.0
+SCAN_SECONDS = 2.0
+"""How long one look for open nodes may take: as many files as users have open, at about 20 microseconds each."""
+_UNSEEN = -1
 
 
 class FenceError(DeviceError):
@@ -245,15 +248,21 @@ def _names(users: set[int]) -> str:
 
 def holders(capabilities: Sequence[Capability]) -> list[int]:
     """The processes that have one of the nodes open. Those that are root's alone are left out: they may open any node
-    at any time, and monitoring may keep one open for good."""
-    devices = {capability.device for capability in capabilities}
-    if not devices:
+    at any time, and monitoring may keep one open for good.
+
+    A user who has so many files open that they can't be looked at in time is taken for a holder: that keeps instances
+    from being granted, but holds no hook up.
+    """
+    if not capabilities:
         return []
-    return [pid for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))) if devices & set(_open(pid))]
+    sought = {_UNSEEN, *(capability.device for capability in capabilities)}
+    until = time.monotonic() + SCAN_SECONDS
+    pids = map(int, filter(str.isdecimal, os.listdir("/proc")))
+    return [pid for pid in pids if not sought.isdisjoint(_open(pid, until))]
 
 
-def _open(pid: int) -> Iterator[int]:
-    """The character devices that a process has open for reading."""
+def _open(pid: int, until: float) -> Iterator[int]:
+    """The character devices that a process has open for reading; _UNSEEN where there is no time left to look."""
     with suppress(OSError):  # it ends meanwhile
         if roots(pid):
             return
@@ -269,6 +278,9 @@ def _open(pid: int) -> Iterator[int]:
             table = f"/proc/{pid}/task/{task}/fd"
             with suppress(OSError):
                 for name in os.listdir(table):
+                    if time.monotonic() > until:
+                        yield _UNSEEN
+                        return
                     # Not os.stat: it asks the file system, and one of a user's own (FUSE) may never answer.
                     path = f"{table}/{name}"
                     if libc.statx(-100, path.encode(), _NO_SYNC, 1, found):

@@ -503,6 +503,15 @@ def test_who_is_a_holder(prepare: Callable[[], object], counts: bool) -> None:
         assert (pid in fence.holders([capability])) == counts
 
 
+def test_who_has_too_much_open_to_be_looked_at_counts_as_a_holder(monkeypatch: pytest.MonkeyPatch) -> None:
+    capability = Capability("/dev/full", os.stat("/dev/full").st_rdev)
+    with process(holding("/dev/null", ALICE)) as theirs, process(holding("/dev/null", 0)) as roots:
+        assert not {theirs, roots} & {*fence.holders([capability])}
+        monkeypatch.setattr(fence, "SCAN_SECONDS", -1.0)
+        found = fence.holders([capability])
+        assert theirs in found and roots not in found
+
+
 def test_a_process_whose_first_thread_has_ended() -> None:
     script = f"""\
 import ctypes, os, threading, time
