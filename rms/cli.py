@@ -278,8 +278,11 @@ def reconcile(options: argparse.Namespace) -> int:
     with suppress(SlurmError):  # told above, if it had to be asked
         slurmctld = Slurmctld(options.slurm_conf, SLURM_SECONDS)
         for job in stuck(slurmctld, options.node, settings.run_dir):
-            done = "" if options.dry_run else back(slurmctld, job, options.node)
-            tell(f"job {job.name} is in a Prolog of which there is no process: {done or 'to be requeued'}")
+            try:
+                done = "to be requeued" if options.dry_run else back(slurmctld, job, options.node)
+            except SlurmError as error:
+                done = f"it can't be requeued: {error}"
+            tell(f"job {job.name} is in a Prolog of which there is no process: {done}")
     if not options.dry_run and settings.admission != "sums":
         from slurm.publish import Publisher
 

@@ -30,7 +30,8 @@ from slurm.slurmctld import PATH, SilentError, Slurmctld, SlurmError
 STATES = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING")
 """Jobs in other states are over."""
 WIDE = 1500
-"""Columns for a node's comment or gres, which have no limit: more of them than this is cut off."""
+"""Columns for a node's comment or gres, which have no limit: more of them than this is cut off. A node with a longer
+comment is left alone."""
 
 
 class Queued(NamedTuple):
@@ -102,8 +103,11 @@ class Commands(Slurmctld):
             row = []
             for width in fields.values():  # of bytes
                 row.append(line[:width].decode(errors="replace").strip(" "))
-                line = line[width:]  # noqa: PLW2901
-            rows.append(row)
+                last, line = line[:width], line[width:]  # noqa: PLW2901
+            if (
+                len(last.strip()) < WIDE
+            ):  # else the comment may be cut off, and what is left of it would be written back
+                rows.append(row)
         return _nodes(rows)
 
     def hosts(self, names: str) -> tuple[str, ...]:
@@ -205,7 +209,7 @@ def best(slurm_conf: str, log: Callable[[str], None]) -> Ask:
 
 def _queued(row: list[str], hosts: Callable[[str], tuple[str, ...]]) -> Queued | None:
     job, state, reason, priority, partition, limit, submit, start, node, wants, avoids, features, reservation = row[:13]
-    with suppress(RequestError):
+    with suppress(RequestError, ValueError):  # one odd row must not hide all others
         if ticket := parse_comment(row[14]):
             return Queued(
                 int(job),

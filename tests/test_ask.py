@@ -198,3 +198,14 @@ def test_time_limits(text: str, limit: int | None) -> None:
 )
 def test_array_tasks(text: str, count: int) -> None:
     assert ask.tasks(text) == count
+
+
+def test_a_node_whose_comment_is_too_long_is_left_alone(slurm: Cluster) -> None:
+    """What is cut off would be written back."""
+    commands = ask.Commands(str(slurm.conf), 30)
+    try:
+        commands.comment(["n2"], "x" * 2 * ask.WIDE)
+        assert [node.name for node in commands.nodes()] == ["n1"]
+    finally:
+        commands.comment(["n2"], "")
+    assert [node.name for node in commands.nodes()] == ["n1", "n2"]
