@@ -223,7 +223,7 @@ def test_answers_come_line_by_line() -> None:
             process.stdin.flush()
             assert process.stdout.readline() == b"%d 1\n" % user
         process.stdin.close()
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
 
 
 def test_a_reader_that_leaves_and_ctrl_c_are_no_crash() -> None:
@@ -244,7 +244,7 @@ def test_a_reader_that_leaves_and_ctrl_c_are_no_crash() -> None:
                 process.stdin.close()
             else:
                 process.send_signal(signal.SIGINT)
-            assert process.wait(10) == {"reader": 141, "ctrl-c": 130}[end]
+            assert process.wait(60) == {"reader": 141, "ctrl-c": 130}[end]
             assert process.stderr.read() == b""
 
 
