@@ -261,21 +261,26 @@ def reconcile(options: argparse.Namespace) -> int:
     from slurm.stuck import back, stuck
 
     told = []
+    silent = False
 
     def tell(text: str) -> None:
         told.append(text)
         print(printable(text, 1000), flush=True)
 
     def over(runs: Sequence[Run]) -> Sequence[Run]:
+        nonlocal silent
         try:
             return Slurmctld(options.slurm_conf, SLURM_SECONDS).over(runs, options.node) if runs else ()
         except SlurmError as error:  # no answer is no reason to take anything from anybody
+            silent = True
             tell(f"Slurm does not say what runs here, so no run is taken for over: {error}")
             return ()
 
     settings = _settings(options)
     controller.Controller(settings, log=tell, rehearsal=options.dry_run).reconcile(over)
-    with suppress(SlurmError):  # told above, if it had to be asked
+    if silent:
+        return 0  # to ask once more would only take as long again
+    with suppress(SlurmError):
         slurmctld = Slurmctld(options.slurm_conf, SLURM_SECONDS)
         for job in stuck(slurmctld, options.node, settings.run_dir):
             try:
