@@ -178,6 +178,8 @@ def test_slurmd_is_killed(slurm: Cluster) -> None:
 
 def test_slurmd_and_the_prolog_are_killed(slurm: Cluster) -> None:
     """Nobody would ever start or end that job: `rms reconcile`, which the health check runs, puts it back."""
+    slurm.sbatch("true", "--gres=mig:4g:2", user=slurm.users[0])  # no idle 7g is left: its Prolog has to make one
+    slurm.wait_all(120)
     (job,) = starting(slurm, "7g")
     os.kill(int((slurm.root / "run" / "n1.pid").read_text()), signal.SIGSTOP)  # it must not see the Prolog end
     kill(slurm, "prolog", jobs=[job])  # the shell and its Python
