@@ -278,17 +278,16 @@ def reconcile(options: argparse.Namespace) -> int:
 
     settings = _settings(options)
     controller.Controller(settings, log=tell, rehearsal=options.dry_run).reconcile(over)
-    if silent:
-        return 0  # to ask once more would only take as long again
-    with suppress(SlurmError):
-        slurmctld = Slurmctld(options.slurm_conf, SLURM_SECONDS)
-        for job in stuck(slurmctld, options.node, settings.run_dir):
-            try:
-                done = "to be requeued" if options.dry_run else back(slurmctld, job, options.node)
-            except SlurmError as error:
-                done = f"it can't be requeued: {error}"
-            tell(f"job {job.name} is in a Prolog of which there is no process: {done}")
-    if not options.dry_run and settings.admission != "sums":
+    if not silent:  # to ask it once more would only take as long again
+        with suppress(SlurmError):
+            slurmctld = Slurmctld(options.slurm_conf, SLURM_SECONDS)
+            for job in stuck(slurmctld, options.node, settings.run_dir):
+                try:
+                    done = "to be requeued" if options.dry_run else back(slurmctld, job, options.node)
+                except SlurmError as error:
+                    done = f"it can't be requeued: {error}"
+                tell(f"job {job.name} is in a Prolog of which there is no process: {done}")
+    if not (silent or options.dry_run) and settings.admission != "sums":
         from slurm.publish import Publisher
 
         try:  # whatever was published before: slurmctld forgets it when it is reconfigured
