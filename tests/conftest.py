@@ -40,6 +40,10 @@ settings.load_profile("rms")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+needs_root = pytest.mark.skipif(os.geteuid() != 0 and "CI" not in os.environ, reason="needs root")
+"""For tests with other users and device nodes. Under CI they fail without root, as they do without Slurm."""
+
+
 class Node:
     """A node: its rms.toml, its GPUs, and the controller in this process or as one of its own.
 

@@ -11,7 +11,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
 
 import pytest
-from conftest import Node
+from conftest import Node, needs_root
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -365,7 +365,7 @@ def test_the_directory_of_the_grants_replaced_by_a_link(busy: Node) -> None:
     assert busy.state().of_run(Run("cluster", 1, 0)) is None
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@needs_root
 @pytest.mark.parametrize("change", ["owner", "group can write", "all can write"])
 def test_a_directory_of_the_grants_that_others_can_write(busy: Node, change: str) -> None:
     jobs = busy.root / "run" / "jobs"

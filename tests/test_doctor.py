@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pynvml
 import pytest
-from conftest import Node
+from conftest import Node, needs_root
 from standin import DESTROY_CI, Machine
 
 from rms import cli, fence, geometry
@@ -242,7 +242,7 @@ def test_a_disable_that_fails_half_way(node: Node, rms: Rms) -> None:
 # The fence.
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="device nodes need root")
+@needs_root
 def test_who_may_open_what(node: Node, rms: Rms) -> None:
     node.acquire(1, "3g,1g")
     node.acquire(2, "2g")

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
-from conftest import Node, run
+from conftest import Node, needs_root, run
 
 from rms import cli, fence
 from rms.device import Capability, DeviceError
@@ -35,7 +35,7 @@ ALICE, BOB, CAROL = 61001, 61002, 61003
 EXIT = {"x86_64": 60, "aarch64": 93}
 """The number of the system call that ends one thread."""
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="device nodes and other users need root")
+pytestmark = needs_root
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from typing import Any
 import pynvml
 import pytest
 import test_crash
-from conftest import Node, open_gpus, overlaps
+from conftest import Node, needs_root, open_gpus, overlaps
 from standin import CREATE_CI, CREATE_GI, DESTROY_CI, DESTROY_GI, Machine
 from test_crash import CRASHED, SCENARIOS, Snapshot, die_at
 
@@ -457,7 +457,7 @@ def test_without_the_right_to(fast_dir: Path) -> None:
         refused(Nvml.NO_PERMISSION, lambda: device.holders(gpu, 1, 0))
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
+@needs_root
 def test_another_user(fast_dir: Path) -> None:
     machine = Machine(fast_dir / "machine")
     machine.use()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Node
+from conftest import Node, needs_root
 
 from rms import cli, show
 from rms.errors import NodeError
@@ -523,7 +523,7 @@ while time.monotonic() < until:
     assert set(sizes) == {1, 3} and len(sizes) > 200
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+@needs_root
 def test_any_user_who_may_read_the_state_may_look(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rms(capsys, "show")  # whatever is imported is imported: the Python that runs this may be root's own
     with tempfile.TemporaryDirectory() as public:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Node, run
+from conftest import ROOT, Node, needs_root, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -251,7 +251,7 @@ def test_a_state_directory_that_cannot_be_used(node: Node, place: str) -> None:
         node.release(1)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@needs_root
 def test_a_state_directory_of_another_user(node: Node) -> None:
     node.acquire(1, "3g")
     node.root.chmod(0o755)
