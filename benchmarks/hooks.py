@@ -109,7 +109,8 @@ model = "A100-80GB"
 gpus = 2
 """)
         self.slurm_conf = str(memory / "slurm.conf")  # only written into the hooks: none of these asks slurmctld
-        site.write(site.files("A100-80GB", 2, NODE, str(self.toml), self.slurm_conf), str(memory))
+        kinds = site.kinds([("A100-80GB", 2, NODE)])
+        site.write(site.files(kinds, str(self.toml), self.slurm_conf), str(memory))
         self._live()
         self.kept = {path: path.read_bytes() for path in self._files()}
 

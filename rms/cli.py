@@ -73,9 +73,16 @@ def _parser() -> argparse.ArgumentParser:
         "slurm-config", allow_abbrev=False, help="the hooks, the lua and the slurm.conf lines for this site's GPUs"
     )
     verb.set_defaults(verb=slurm_config)
-    verb.add_argument("--model", required=True, help="GPU model, such as A100-80GB")
-    verb.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs in each node")
-    verb.add_argument("--nodes", required=True, metavar="LIST", help="the nodes as slurm.conf names them: gpu[01-02]")
+    # These three once for each kind of node.
+    verb.add_argument("--model", action="append", required=True, help="GPU model, such as A100-80GB")
+    verb.add_argument("--gpus", action="append", required=True, type=int, metavar="N", help="GPUs in each node")
+    verb.add_argument(
+        "--nodes",
+        action="append",
+        required=True,
+        metavar="LIST",
+        help="the nodes as slurm.conf names them: gpu[01-02]; all three again for each further kind of node",
+    )
     verb.add_argument("--config", metavar="PATH", default=config.DEFAULT_PATH, help="where the nodes have rms.toml")
     verb.add_argument(
         "--slurm-conf", metavar="PATH", default="/etc/slurm/slurm.conf", help="where they have slurm.conf"
@@ -355,10 +362,10 @@ def slurm_config(options: argparse.Namespace) -> int:
     """Print or write what a site puts into its Slurm configuration."""
     from slurm import site
 
+    if not len(options.model) == len(options.gpus) == len(options.nodes):
+        raise RequestError("give --model, --gpus and --nodes once for each kind of node")
     made = site.files(
-        options.model,
-        options.gpus,
-        options.nodes,
+        site.kinds(zip(options.model, options.gpus, options.nodes, strict=True)),
         options.config,
         options.slurm_conf,
         options.admission,

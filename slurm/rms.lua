@@ -23,10 +23,10 @@ local COUNTED = { migc = true, migm = true, migt = true }
 local PUBLISHED = "rms_" -- how the names begin that nodes publish for what fits
 local WHOLE_GPU = { gpu = true, shard = true, mps = true }
 
-local site, limits -- the generated table rms_table.lua and what follows from it; nil without a usable one
+local site -- the generated table rms_table.lua; nil without a usable one
 
 ---------------------------------------------------------------------------------------------------------------------
--- What an empty node can hold. site.fit lists the most that one empty GPU holds, as counts in the order of the
+-- What an empty node can hold. A board's `fit` lists the most that one empty GPU holds, as counts in the order of its
 -- profiles. A request fits if it can be shared out so that no GPU gets more than one line of `fit`. Sums of slices
 -- would not do: 3g+3g+1g has seven compute slices, but after the two 3g no memory slice is left.
 
@@ -87,8 +87,8 @@ local function find_limits(profiles, fit)
     return found
 end
 
-local function obeys_limits(need, gpus)
-    for _, limit in ipairs(limits) do
+local function obeys_limits(board, need, gpus)
+    for _, limit in ipairs(board.limits) do
         if dot(limit.weights, need) > limit.cap * gpus then
             return false
         end
@@ -97,8 +97,8 @@ local function obeys_limits(need, gpus)
 end
 
 -- Exact: fills GPU after GPU, each with the largest profile still needed, trying every line of `fit` that has it.
--- need: counts in the order of site.profiles.
-local function fits(need, gpus)
+-- need: counts in the order of the board's profiles.
+local function fits(board, need, gpus)
     local too_few = {} -- by need: so many GPUs were found not to be enough
     local function search(need, gpus)
         local largest = #need
@@ -109,10 +109,10 @@ local function fits(need, gpus)
             return true
         end
         local key = table.concat(need, " ")
-        if gpus <= (too_few[key] or 0) or not obeys_limits(need, gpus) then
+        if gpus <= (too_few[key] or 0) or not obeys_limits(board, need, gpus) then
             return false
         end
-        for _, counts in ipairs(site.fit) do
+        for _, counts in ipairs(board.fit) do
             if counts[largest] > 0 then
                 local rest = {}
                 for i = 1, #need do
@@ -151,8 +151,10 @@ end
 
 local function known_profiles()
     local names = {}
-    for i, profile in ipairs(site.profiles) do
-        names[i] = profile.name
+    for _, board in ipairs(site.boards) do
+        for _, profile in ipairs(board.profiles) do
+            names[#names + 1] = profile.name
+        end
     end
     return table.concat(names, " ")
 end
@@ -163,6 +165,8 @@ local function read_spec(spec)
     local profile = site.alias[word]
     if not profile and (word == "" or count == "" and word:match("^[+-]?%d*[kmtp]?$")) then -- Slurm would take any
         return nil, "say which profile, as in --gres=mig:PROFILE:COUNT; known: " .. known_profiles()
+    elseif site.several[word] then
+        return nil, ("%s may be %s here; say which"):format(word, site.several[word])
     elseif not profile then
         return nil, "unknown profile " .. shown(word) .. "; known: " .. known_profiles()
     elseif count == "" and more == "" then
@@ -174,6 +178,21 @@ local function read_spec(spec)
         return nil, text:format(profile, shown(count .. more), MAX_COUNT)
     end
     return profile, number
+end
+
+-- The board whose profiles a request names, and what it needs: counts in the order of that board's profiles. nil where no
+-- board has all of them.
+local function place(request)
+    for _, board in ipairs(site.boards) do
+        local need, found = {}, 0
+        for i, profile in ipairs(board.profiles) do
+            need[i] = request.counts[profile.name] or 0
+            found = found + (need[i] > 0 and 1 or 0)
+        end
+        if found == #request.order then
+            return board, need
+        end
+    end
 end
 
 -- What the job asks for, or nil where it asks for no MIG, or nil and the problem. The request: order (names as first
@@ -242,41 +261,41 @@ local function own_part(comment)
     return comment:sub(from)
 end
 
--- Where slurmctld is told what fits (site.gates): the name of a request that fits, which the job must find published
+-- Where slurmctld is told what fits (a board's gates): the name of a request that fits, which the job must find published
 -- on its node. What has no name of its own waits for one that is surely enough: the next larger count of its profile, or
 -- as many whole GPUs as it needs.
-local function gate(request, need)
+local function gate(board, need)
     local words, first, count = {}, nil, 0
-    for i, profile in ipairs(site.profiles) do
+    for i, profile in ipairs(board.profiles) do
         if need[i] > 0 then
             words[#words + 1] = ("%s:%d"):format(profile.name, need[i])
             first, count = profile.name, need[i]
         end
     end
-    if site.gates[table.concat(words, ",")] then
-        return site.gates[table.concat(words, ",")]
+    if board.gates[table.concat(words, ",")] then
+        return board.gates[table.concat(words, ",")]
     elseif #words == 1 then
         for larger = count, MAX_COUNT do
-            if site.gates[first .. ":" .. larger] then
-                return site.gates[first .. ":" .. larger]
+            if board.gates[first .. ":" .. larger] then
+                return board.gates[first .. ":" .. larger]
             end
         end
     end
     local gpus = 1
-    while not fits(need, gpus) do
+    while not fits(board, need, gpus) do
         gpus = gpus + 1
     end
-    return site.gates[site.whole .. ":" .. gpus]
+    return board.gates[board.whole .. ":" .. gpus]
 end
 
 -- A job's share of the token: never more is free on a node than jobs of which it is proven that all will fit.
-local function share(need)
+local function share(board, need)
     local size, instances = 0, 0
-    for i, profile in ipairs(site.profiles) do
+    for i, profile in ipairs(board.profiles) do
         instances = instances + need[i]
         size = need[i] > 0 and profile.weight or size
     end
-    return instances == 1 and size or site.span
+    return instances == 1 and size or board.span
 end
 
 local function mentions_published(text) -- or farms_: not at the beginning of a word
@@ -297,7 +316,7 @@ end
 
 -- What users may not ask for: what nodes publish, and the node that is never there.
 local function reserved(job)
-    if not (site and site.gates) then
+    if not (site and site.sentinel) then
         return nil
     end
     for _, field in ipairs({ "features", "prefer", "extra" }) do
@@ -321,12 +340,12 @@ local function preempts(job)
 end
 
 -- The fields of a job by which slurmctld lets it in only where it fits, and the problem where there is one.
-local function admit(job, request, need)
+local function admit(job, board, need)
     local fields = {}
-    if not site.gates or preempts(job) then
+    if not board.gates or preempts(job) then
         return fields
     end
-    local name, problem = gate(request, need)
+    local name, problem = gate(board, need)
     if site.admission == "extra" then
         if job.extra and job.extra ~= "" then
             problem = "--extra can't be used with mig"
@@ -360,9 +379,12 @@ local function check_submit(job)
         return problem
     end
 
-    local need, compute, memory = {}, 0, 0
-    for i, profile in ipairs(site.profiles) do
-        need[i] = request.counts[profile.name] or 0
+    local board, need = place(request)
+    if not board then
+        return table.concat(request.order, " and ") .. " are profiles of different GPUs; a job with mig runs on one node"
+    end
+    local compute, memory = 0, 0
+    for i, profile in ipairs(board.profiles) do
         compute, memory = compute + need[i] * profile.compute, memory + need[i] * profile.memory
     end
     local words, gres = {}, request.others
@@ -372,14 +394,14 @@ local function check_submit(job)
     end
     table.insert(gres, ("%smigc:%d"):format(request.form, compute))
     table.insert(gres, ("%smigm:%d"):format(request.form, memory))
-    if site.gates then
+    if board.gates then
         table.insert(gres, ("%smigt:job:1"):format(request.form))
-        table.insert(gres, ("%smigt:size:%d"):format(request.form, share(need)))
+        table.insert(gres, ("%smigt:size:%d"):format(request.form, share(board, need)))
     end
 
-    if not fits(need, site.gpus) then
+    if not fits(board, need, board.gpus) then
         local text = "%s is more than an empty node can place (%d x %s)"
-        return text:format(table.concat(words, ","), site.gpus, site.model)
+        return text:format(table.concat(words, ","), board.gpus, board.model)
     elseif job.min_nodes and job.min_nodes ~= NOT_GIVEN and job.min_nodes > 1 then
         return "a job with mig runs on one node; this one asks for more (-N, -w or tasks per node)"
     elseif request.short and (job.argc or 0) > 0 and not job.script and job.name ~= "interactive" then
@@ -387,7 +409,7 @@ local function check_submit(job)
         -- In 26.05 salloc tells its command, too, but calls its jobs interactive.
         return "srun needs the full form, --gres=mig:" .. table.concat(words, ",mig:")
     end
-    local fields, obstacle = admit(job, request, need)
+    local fields, obstacle = admit(job, board, need)
     if obstacle then
         return obstacle
     end
@@ -419,7 +441,7 @@ local function check_modify(job, record)
             return "the gres of a job with mig can't be changed; submit a new one"
         end
     end
-    if site and site.gates then
+    if site and site.sentinel then
         for _, field in ipairs({ "features", "prefer", "extra" }) do
             if job[field] then
                 return "the constraint of a job with mig can't be changed; submit a new one"
@@ -479,13 +501,16 @@ end
 
 local function load_site()
     local loaded = require("rms_table")
-    assert(type(loaded) == "table" and loaded.gpus and loaded.model and loaded.alias, "not a table of ours")
-    return loaded, find_limits(loaded.profiles, loaded.fit)
+    assert(type(loaded) == "table" and loaded.boards and loaded.alias and loaded.several, "not a table of ours")
+    for _, board in ipairs(loaded.boards) do
+        board.limits = find_limits(board.profiles, board.fit)
+    end
+    return loaded
 end
 
-local ok, loaded, found = pcall(load_site)
+local ok, loaded = pcall(load_site)
 if ok then
-    site, limits = loaded, found
+    site = loaded
 else
     slurm.log_error("rms: rms_table.lua can't be used, so jobs with mig will be refused: %s", tostring(loaded))
 end

@@ -6,15 +6,17 @@ ours; the lua gets a table of the profiles and of what one empty GPU can hold.
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from rms import config, geometry
 from rms.errors import NodeError, RequestError
-from rms.geometry import Geometry
+from rms.geometry import Geometry, Profile
 from rms.request import Request
 from slurm import publish
 
@@ -27,10 +29,39 @@ HEALTH_CHECK = "healthcheck"
 HOOKS = {"Prolog": "prolog", "Epilog": "epilog", "TaskProlog": "task_prolog"}
 
 
+class Kind(NamedTuple):
+    """Nodes that are alike: their GPUs, how many each has, their names as slurm.conf has them, and of the profiles of
+    these GPUs those that jobs may ask for there."""
+
+    known: Geometry
+    gpus: int
+    nodes: str
+    profiles: tuple[Profile, ...]
+
+
+def kinds(asked: Iterable[tuple[str, int, str]]) -> list[Kind]:
+    """The kinds of nodes of a cluster, each by the model of its GPUs, how many a node has, and the nodes.
+
+    A name may mean something else on other GPUs: 1g.10gb is an eighth of an A100-80GB and a quarter of an A100-40GB.
+    It is then what it is on the first of them, and can't be asked for on the others. Raises RequestError.
+    """
+    found: list[Kind] = []
+    for model, gpus, nodes in asked:
+        if gpus < 1:
+            raise RequestError(f"--gpus is {gpus}; a node has 1 or more")
+        known = geometry.load(model)
+        theirs = {p.name for kind in found if _shape(kind.known) != _shape(known) for p in kind.profiles}
+        found.append(Kind(known, gpus, nodes, tuple(p for p in known.profiles if p.name not in theirs)))
+    return found
+
+
+def _shape(known: Geometry) -> object:
+    """What is equal for GPUs that hold the same."""
+    return known.slots, [(p.name, p.limit, p.compute, p.memory, p.starts) for p in known.profiles]
+
+
 def files(
-    model: str,
-    gpus: int,
-    nodes: str,
+    cluster: Sequence[Kind],
     config_path: str,
     slurm_conf: str,
     admission: str | None = None,
@@ -40,34 +71,35 @@ def files(
 
     `admission` is the mode; None for what the configuration says, or `features` where there is none yet. `preempting`
     are partitions and QOS whose jobs may preempt others.
-    Raises RequestError on an unknown model or a count below 1, NodeError if the configuration exists and can't be read.
+    Raises RequestError on a name that can't be, NodeError if the configuration exists and can't be read.
     """
-    if gpus < 1:
-        raise RequestError(f"--gpus is {gpus}; a node has 1 or more")
     if bad := [word for word in preempting if not re.fullmatch(r"[\w.-]+", word, re.ASCII)]:
         raise RequestError(f"{bad[0]!a} is no name of a partition or QOS")
-    known = geometry.load(model)
     directory = os.path.dirname(slurm_conf)
-    present = config.load(config_path, "%n") if os.path.exists(config_path) else None
-    run_dir = (present or config.Config(())).run_dir
-    admission = admission or (present.admission if present else "features")
-    if present and present.admission != admission:
-        raise NodeError(f'{config_path} says admission = "{present.admission}": the nodes and the lua must agree')
+    # One for all nodes, or with %n in its name one for each.
+    present = {path: config.load(path, "%n") for path in sorted(glob.glob(glob.escape(config_path).replace("%n", "*")))}
+    run_dirs = {found.run_dir for found in present.values()} or {config.Config(()).run_dir}
+    if len(run_dirs) > 1:
+        raise NodeError(f"{config_path}: the nodes must agree on run_dir, not have {' and '.join(sorted(run_dirs))}")
+    admission = admission or next((found.admission for found in present.values()), "features")
+    for path, found in present.items():
+        if found.admission != admission:
+            raise NodeError(f'{path} says admission = "{found.admission}": the nodes and the lua must agree')
     values = {
         "@PYTHON@": shlex.quote(sys.executable),
         "@CONFIG@": shlex.quote(config_path),
         "@SLURM_CONF@": shlex.quote(slurm_conf),
-        "@RUN_DIR@": _shell(run_dir),
+        "@RUN_DIR@": _shell(*run_dirs),
         "@BIN@": shlex.quote(os.path.dirname(_which("scontrol"))),
         "@DIR@": directory,
     }
     made = {name: _fill(name, values) for name in (*HOOKS.values(), HEALTH_CHECK, "job_submit.lua", "rms.lua")}
-    made["rms_table.lua"] = table(known, gpus, admission, preempting)
-    made[SETTINGS] = settings(known, gpus, nodes, directory, admission)
+    made["rms_table.lua"] = table(cluster, admission, preempting)
+    made[SETTINGS] = settings(cluster, directory, admission)
     return made
 
 
-def settings(known: Geometry, gpus: int, nodes: str, directory: str, admission: str) -> str:
+def settings(cluster: Sequence[Kind], directory: str, admission: str) -> str:
     """The lines that slurm.conf needs."""
     hooks = "".join(f"{option}={os.path.join(directory, name)}\n" for option, name in HOOKS.items())
     types = "mig,migc,migm" + (f",{publish.TOKEN}" if admission != "sums" else "")
@@ -78,8 +110,9 @@ def settings(known: Geometry, gpus: int, nodes: str, directory: str, admission: 
         "extra": "# among the others of this line; extra_constraints is needed\n"
         "SchedulerParameters=extra_constraints,bf_continue,batch_sched_delay=1\n",
     }
+    nodes = "".join(f"NodeName={kind.nodes} Gres={gres(kind, admission)}\n" for kind in cluster)
     return f"""\
-# RMS, for {gpus} x {known.model} per node; printed by `rms slurm-config --admission {admission}`
+# RMS, for {_named(cluster)} per node; printed by `rms slurm-config --admission {admission}`
 # rms.toml of these nodes must say admission = "{admission}"
 GresTypes={types}
 JobSubmitPlugins=lua
@@ -88,31 +121,42 @@ PrologFlags=Alloc,Contain
 HealthCheckProgram={os.path.join(directory, HEALTH_CHECK)}
 HealthCheckInterval=300
 # on the line of these nodes, beside what it says of CPUs and memory:
-NodeName={nodes} Gres={gres(known, gpus, admission)}
-""" + (sentinel(known, gpus) if admission == "features" else "")
+{nodes}""" + (sentinel(cluster) if admission == "features" else "")
 
 
-def sentinel(known: Geometry, gpus: int) -> str:
+def _named(cluster: Sequence[Kind]) -> str:
+    return " or ".join(f"{kind.gpus} x {kind.known.model}" for kind in cluster)
+
+
+def sentinel(cluster: Sequence[Kind]) -> str:
     """The line of the node that is never there."""
-    names = ",".join(publish.name(request) for request in publish.listed(known, gpus))
+    listed = (publish.name(request) for kind in cluster for request in publish.listed(kind.known, kind.gpus))
+    names = ",".join(dict.fromkeys(listed))
+    most: dict[str, int] = {}
+    for item in ",".join(gres(kind, "features") for kind in cluster).split(","):
+        name, _, count = item.rpartition(":")
+        most[name] = max(most.get(name, 0), int(count))
+    largest = ",".join(f"{name}:{count}" for name, count in most.items())
     return f"""\
 # A node that is never there (never polled, not shown by sinfo), without which slurmctld would refuse jobs that do not
 # fit just now. It belongs into every partition of these nodes (PartitionName=... Nodes=...,{SENTINEL}), and needs at
 # least the CPUs, RealMemory, Features and Gres of the largest of them: a job that asks for more than it has is refused
 # while no node has room. Add what your nodes have besides; `rms doctor` compares.
 NodeName={SENTINEL} NodeAddr=127.0.0.1 State=FUTURE CPUs=256 RealMemory=4000000 \\
- Gres={gres(known, gpus, "features")} \\
+ Gres={largest} \\
  Features={names}
 """
 
 
-def gres(known: Geometry, gpus: int, admission: str) -> str:
-    """What a node with `gpus` GPUs has: of each profile as many as fit alone, and the slices that all of them share.
+def gres(kind: Kind, admission: str) -> str:
+    """What a node has: of each profile as many as fit alone, and the slices that all of them share.
 
     And of the token as much as can ever be wanted: slurmctld forgets what jobs hold beyond it when it is restarted.
     """
-    mig = ",".join(f"mig:{profile.name}:{profile.limit * gpus}" for profile in known.profiles)
-    both = f"{mig},migc:{compute(known) * gpus},migm:{known.slots * gpus}"
+    known, gpus = kind.known, kind.gpus
+    mig = ",".join(f"mig:{profile.name}:{profile.limit * gpus}" for profile in kind.profiles)
+    compute = max(profile.compute for profile in known.profiles)
+    both = f"{mig},migc:{compute * gpus},migm:{known.slots * gpus}"
     if admission == "sums":
         return both
     jobs = (gpus + 1) * publish.span(known)
@@ -120,50 +164,80 @@ def gres(known: Geometry, gpus: int, admission: str) -> str:
     return f"{both},{publish.TOKEN}:job:{jobs},{publish.TOKEN}:size:{size},{publish.TOKEN}:shut:{jobs + size}"
 
 
-def compute(known: Geometry) -> int:
-    """The compute slices of one GPU: those of its largest profile."""
-    return max(profile.compute for profile in known.profiles)
-
-
-def table(known: Geometry, gpus: int, admission: str, preempting: Sequence[str] = ()) -> str:
-    """The lua table: the profiles, the maximal count vectors of one empty GPU, and what is published."""
-    names = [profile.name for profile in known.profiles]
-    fit = sorted(known.frontier(names, tuple(profile.limit for profile in known.profiles)), reverse=True)
-    profiles = "\n".join(
-        f'    {{ name = "{p.name}", compute = {p.compute}, memory = {p.memory}, '
-        f"weight = {publish.weight(known, Request(((p.name, 1),)))} }},"
-        for p in known.profiles
-    )
-    alias = "\n".join(f'    ["{word}"] = "{name}",' for word, name in known.names().items())
-    vectors = "\n".join(f"    {{ {', '.join(str(n) for n in vector)} }}," for vector in fit)
-    whole = max(known.profiles, key=lambda profile: (profile.memory, profile.plain)).name
-    gates = "\n".join(f'    ["{request}"] = "{publish.name(request)}",' for request in publish.listed(known, gpus))
+def table(cluster: Sequence[Kind], admission: str, preempting: Sequence[str] = ()) -> str:
+    """The lua table: the boards, and what the names mean. GPUs that hold the same are one board, and its profiles no
+    other one's: nodes that have fewer of them publish fewer names."""
+    largest: dict[str, Kind] = {}
+    for kind in sorted(cluster, key=lambda kind: -kind.gpus):
+        largest.setdefault(repr(_shape(kind.known)), kind)
+    ordered = sorted(largest.values(), key=cluster.index)
+    boards = "".join(_board(kind, admission) for kind in ordered)
+    meant: dict[str, list[str]] = {}
+    for kind in ordered:
+        names = {profile.name for profile in kind.profiles}
+        for word, name in kind.known.names().items():
+            if name in names and name not in meant.setdefault(word, []):
+                meant[word].append(name)
+    meant = {word: [word] if word in names else names for word, names in meant.items()}
+    alias = "\n".join(f'    ["{word}"] = "{names[0]}",' for word, names in meant.items() if len(names) == 1)
+    several = "\n".join(f'    ["{word}"] = "{" or ".join(names)}",' for word, names in meant.items() if len(names) > 1)
     free = ", ".join(f'["{word}"] = true' for word in preempting)
     published = f"""\
-  gates = {{ -- what is published for each request, the profiles in the order above
-{gates}
-  }},
-  whole = "{whole}", -- takes a whole GPU
-  span = {publish.span(known)}, -- the token's size of a job that starts alone
   sentinel = "{SENTINEL}",
-  preempting = {{ {free} }}, -- partitions and QOS whose jobs go without such a name
+  preempting = {{ {free} }}, -- partitions and QOS whose jobs do not ask whether they fit
 """
+    called = " ".join(f"--model {kind.known.model} --gpus {kind.gpus}" for kind in cluster)
     return f"""\
--- Made by `rms slurm-config --model {known.model} --gpus {gpus}`; used by rms.lua. Do not edit: make it again.
+-- Made by `rms slurm-config {called}`; used by rms.lua. Do not edit: make it again.
 return {{
-  model = "{known.model}",
-  gpus = {gpus}, -- of one node
   admission = "{admission}",
-  profiles = {{
-{profiles}
-  }},
+{"" if admission == "sums" else published}\
   alias = {{ -- every accepted name, in lower case
 {alias}
   }},
-  fit = {{ -- the most that one empty GPU holds: how many of each profile, in the order above
-{vectors}
+  several = {{ -- names that mean one thing here and another there
+{several}
   }},
-{"" if admission == "sums" else published}}}
+  boards = {{ -- GPUs that hold the same; no profile is in two of them
+{boards}\
+  }},
+}}
+"""
+
+
+def _board(kind: Kind, admission: str) -> str:
+    """One board: its profiles, the maximal count vectors of one empty GPU, and what is published."""
+    known = kind.known
+    names = [profile.name for profile in kind.profiles]
+    fit = sorted(known.frontier(names, tuple(profile.limit for profile in kind.profiles)), reverse=True)
+    profiles = "\n".join(
+        f'        {{ name = "{p.name}", compute = {p.compute}, memory = {p.memory}, '
+        f"weight = {publish.weight(known, Request(((p.name, 1),)))} }},"
+        for p in kind.profiles
+    )
+    vectors = "\n".join(f"        {{ {', '.join(str(n) for n in vector)} }}," for vector in fit)
+    whole = max(known.profiles, key=lambda profile: (profile.memory, profile.plain)).name
+    listed = [request for request in publish.listed(known, kind.gpus) if {*request.profiles} <= {*names}]
+    gates = "\n".join(f'        ["{request}"] = "{publish.name(request)}",' for request in listed)
+    published = f"""\
+      gates = {{ -- what is published for each request, the profiles in the order above
+{gates}
+      }},
+      whole = "{whole}", -- takes a whole GPU
+      span = {publish.span(known)}, -- the token's size of a job that starts alone
+"""
+    return f"""\
+    {{
+      model = "{known.model}",
+      gpus = {kind.gpus}, -- of one node
+      profiles = {{
+{profiles}
+      }},
+      fit = {{ -- the most that one empty GPU holds: how many of each profile, in the order above
+{vectors}
+      }},
+{"" if admission == "sums" else published}\
+    }},
 """
 
 

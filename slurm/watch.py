@@ -110,13 +110,14 @@ def waits_for_room(job: Queued) -> bool:
 
 
 def may_run(job: Queued, node: Node) -> bool:
-    """Whether a job may run on a node at all, as far as partitions, names and features go."""
+    """Whether a job may run on a node at all, as far as partitions, names, profiles and features go."""
     features = {name for name in job.features or () if not name.startswith(GATE)}
     return (
         not any(word in node.state for word in USELESS)
         and not {*job.partitions}.isdisjoint(node.partitions)
         and (not job.wants or node.name in job.wants)
         and node.name not in job.avoids
+        and all(f"mig:{item.rpartition(':')[0]}" in node.gres for item in job.ticket.request.split(","))
         and features <= {*node.features}
     )
 
@@ -178,15 +179,17 @@ def _board(node: Node) -> tuple[Geometry | None, int]:
     board = _geometry(profiles)
     if board is None:
         return None, 0
-    name = board.profiles[-1].name
+    name = next(profile.name for profile in reversed(board.profiles) if profile.name in profiles)
     return board, node.gres[f"mig:{name}"] // board.by_name[name].limit
 
 
 @lru_cache
 def _geometry(profiles: frozenset[str]) -> Geometry | None:
-    # Boards whose profiles have the same names have the same placements.
-    known = (geometry.load(model) for model in geometry.models())
-    return next((board for board in known if {*board.by_name} == profiles), None)
+    # Boards whose profiles have the same names have the same placements. One may lack a name that means something else
+    # on another board of this cluster (slurm/site.py).
+    known = [geometry.load(model) for model in geometry.models()]
+    having = [board for board in known if profiles and profiles <= {*board.by_name}]
+    return min(having, key=lambda board: len(board.profiles), default=None)
 
 
 def _request(job: Queued, board: Geometry | None) -> Request | None:

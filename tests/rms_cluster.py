@@ -10,7 +10,6 @@ from typing import Any
 
 from throwaway import SCHEDULER, Cluster
 
-from rms import geometry
 from slurm import site
 
 
@@ -28,7 +27,12 @@ class RmsCluster(Cluster):
     def publish(self, *nodes: str) -> None:
         """`rms publish` on these nodes, or all."""
         for node in nodes or self.nodes:
-            self.run(sys.executable, "-m", "rms.cli", "publish", "--node", node, "--config", f"{self.etc}/rms.toml")
+            self.run(sys.executable, "-m", "rms.cli", "publish", "--node", node, "--config", self.config(node))
+
+    def config(self, node: str) -> str:
+        """A node's rms.toml: the same file for all, unless they differ in their GPUs."""
+        own = self.etc / f"{node}.toml"
+        return str(own if own.exists() else self.etc / "rms.toml")
 
 
 def rms_cluster(
@@ -36,7 +40,7 @@ def rms_cluster(
     *,
     nodes: int = 2,
     gpus: int = 2,
-    model: str = "A100-80GB",
+    model: str | Sequence[str] = "A100-80GB",
     create: float = 0.1,
     destroy: float = 0.1,
     admission: str = "sums",
@@ -49,12 +53,14 @@ def rms_cluster(
     """A cluster, not started, whose hooks, lua and gres are what `rms slurm-config` makes.
 
     Each node keeps its files in `root`/<node>. `others` are more gres, `features` those of the nodes; `settings` are
-    more lines for rms.toml, `options` go to Cluster.
+    more lines for rms.toml, `options` go to Cluster. `model` may be a list, with one for each node.
     """
     etc = root / "etc"
     etc.mkdir(parents=True)
-    config = etc / "rms.toml"
-    config.write_text(f"""\
+    models = [model] * nodes if isinstance(model, str) else model
+    config = etc / ("rms.toml" if len({*models}) == 1 else "%n.toml")
+    for node, one in enumerate(models, 1):
+        Path(str(config).replace("%n", f"n{node}")).write_text(f"""\
 gpus = {list(range(gpus))}
 state_dir = "{root}/%n/state"
 run_dir = "{root}/%n/run"
@@ -64,13 +70,14 @@ admission = "{admission}"
 {settings}
 [simulated]
 file = "{root}/%n/gpus.json"
-model = "{model}"
+model = "{one}"
 gpus = {gpus}
 create_seconds = {create}
 destroy_seconds = {destroy}
 nodes = "{root}/%n/nodes"
 """)
-    made = site.files(model, gpus, f"n[1-{nodes}]", str(config), str(etc / "slurm.conf"), None, preempting)
+    cluster = site.kinds((one, gpus, f"n{node}") for node, one in enumerate(models, 1))
+    made = site.files(cluster, str(config), str(etc / "slurm.conf"), None, preempting)
     site.write(made, str(etc))
     root.chmod(0o755)
     for node in range(1, nodes + 1):
@@ -78,14 +85,13 @@ nodes = "{root}/%n/nodes"
         (root / f"n{node}" / "state").mkdir(mode=0o700)
         (root / f"n{node}" / "run").mkdir(mode=0o755)
     hooks = {option: etc / name for option, name in site.HOOKS.items()}
-    known = geometry.load(model)
     if admission == "features":
-        line = site.sentinel(known, gpus).replace(" Gres=", f" Gres={others},").replace("=,", "=")
+        line = site.sentinel(cluster).replace(" Gres=", f" Gres={others},").replace("=,", "=")
         line = line.replace(" Features=", f" Features={features},").replace("=,", "=")
         options["extra_conf"] = f"{line}{options.get('extra_conf', '')}"
     if admission == "extra":
         options["scheduler"] = f"{options.get('scheduler', SCHEDULER)},extra_constraints"
-    gres = ",".join(filter(None, [site.gres(known, gpus, admission), others]))
+    gres = [",".join(filter(None, [site.gres(kind, admission), others])) for kind in cluster]
     return RmsCluster(root, nodes=nodes, gres=gres, features=features, hooks=hooks, **options)
 
 

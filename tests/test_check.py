@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 import pytest
 
-from rms import cli, geometry
+from rms import cli
 from slurm import publish, site
 from slurm.check import problems
 
-A100 = geometry.load("A100-80GB")
-NAMES = [publish.name(request) for request in publish.listed(A100, 2)]
+KIND = site.kinds([("A100-80GB", 2, "n1")])[0]
+NAMES = [publish.name(request) for request in publish.listed(KIND.known, KIND.gpus)]
 MODES = ["features", "extra", "sums"]
 
 SETTINGS = {
@@ -28,7 +28,7 @@ NODE = {
     "AvailableFeatures": "ib,rms_1g.10gb_1",
     "ActiveFeatures": "ib,rms_1g.10gb_1",
     "Extra": '{"rms_1g.10gb_1":1}',
-    "Gres": f"gpu:a100:2(S:0-1),{site.gres(A100, 2, 'features')}",
+    "Gres": f"gpu:a100:2(S:0-1),{site.gres(KIND, 'features')}",
     "Partitions": "main,long",
     "CPUTot": "64",
     "RealMemory": "1000",
@@ -36,7 +36,7 @@ NODE = {
 NEVER = {
     "State": "FUTURE",
     "AvailableFeatures": ",".join(["ib", *NAMES]),
-    "Gres": f"gpu:a100:4,{site.gres(A100, 2, 'features')}",
+    "Gres": f"gpu:a100:4,{site.gres(KIND, 'features')}",
     "Partitions": "main,long,debug",
     "CPUTot": "128",
     "RealMemory": "1000",
@@ -83,7 +83,7 @@ def test_what_only_one_mode_needs() -> None:
 
 
 def test_the_node() -> None:
-    bare = site.gres(A100, 2, "sums")
+    bare = site.gres(KIND, "sums")
     assert found("features", node={"Gres": bare}) == ["slurm.conf: this node's Gres lacks migt"]
     assert found("sums", node={"Gres": bare}) == []
     (silent,) = found("features", node={"AvailableFeatures": "ib", "ActiveFeatures": "ib"})
@@ -101,7 +101,7 @@ def test_the_node() -> None:
         ({"Partitions": "main"}, "not in partition long"),
         ({"CPUTot": "32"}, "CPUTot=32, this node 64"),
         ({"RealMemory": "1"}, "RealMemory=1, this node 1000"),
-        ({"Gres": site.gres(A100, 2, "features")}, "0 of gres gpu:a100, this node 2"),
+        ({"Gres": site.gres(KIND, "features")}, "0 of gres gpu:a100, this node 2"),
     ],
 )
 def test_the_node_that_is_never_there(never: dict[str, str], said: str) -> None:

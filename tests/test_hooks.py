@@ -76,7 +76,7 @@ class Hooks:
             wrapper,
             f'#!/bin/sh\necho "$*" >>{self.python_calls}\nexec {shlex.quote(sys.executable)} -I {inside} "$@"\n',
         )
-        made = site.files("A100-80GB", 2, "n1", str(self.node.toml), str(self.etc / "slurm.conf"))
+        made = site.files(site.kinds([("A100-80GB", 2, "n1")]), str(self.node.toml), str(self.etc / "slurm.conf"))
         real = os.path.dirname(site._which("scontrol"))
         for name in site.HOOKS.values():
             text = made[name].replace(sys.executable, str(wrapper)).replace(f"{real}/$1", f"{self.bin}/$1")

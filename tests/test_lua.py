@@ -24,6 +24,7 @@ SOURCE = Path(site.HERE) / "rms.lua"
 NOT_GIVEN, UNLIMITED = 4294967294, 4294967295
 SUCCESS, ERROR = 0, -1
 USER = 1000
+ONE_KIND = site.kinds([("A100-80GB", 2, "n[1-2]")])
 
 STUBS = """
 said, logged, errors = {}, {}, {}
@@ -99,7 +100,7 @@ class Lua:
 
 @functools.cache
 def lua(model: str = "A100-80GB", gpus: int = 2, version: str = "lua51", admission: str = "sums") -> Lua:
-    made = Lua(site.table(geometry.load(model), gpus, admission), version)
+    made = Lua(site.table(site.kinds([(model, gpus, "n")]), admission), version)
     assert made.list("errors") == []
     return made
 
@@ -507,7 +508,8 @@ def test_without_a_usable_table_only_mig_is_refused(table: str) -> None:
 
 def test_an_error_of_ours_refuses_only_mig() -> None:
     bad = Lua(
-        "return { model = 'x', gpus = 2, profiles = { { name = 'a', compute = 1, memory = 1 } }, alias = {}, fit = {} }"
+        "return { alias = {}, several = {}, boards = {"
+        " { model = 'x', gpus = 2, profiles = { { name = 'a', compute = 1, memory = 1 } }, fit = {} } } }"
     )
     bad.runtime.execute("package.loaded.rms_table.alias = nil")
     assert bad.submit(tres_per_node="gres:mig:3g:1") is None
@@ -524,8 +526,8 @@ def test_an_error_of_ours_refuses_only_mig() -> None:
 
 def test_a_profile_that_fits_nowhere_does_not_hang() -> None:
     odd = Lua(
-        "return { model = 'x', gpus = 2, alias = { a = 'a', b = 'b' }, fit = { { 2, 0 } },"
-        " profiles = { { name = 'a', compute = 1, memory = 1 }, { name = 'b', compute = 2, memory = 0 } } }"
+        "return { alias = { a = 'a', b = 'b' }, several = {}, boards = { { model = 'x', gpus = 2, fit = { { 2, 0 } },"
+        " profiles = { { name = 'a', compute = 1, memory = 1 }, { name = 'b', compute = 2, memory = 0 } } } } }"
     )
     assert odd.submit(tres_per_node="gres:mig:a:4")
     assert odd.submit(tres_per_node="gres:mig:b:1") is None
@@ -599,7 +601,7 @@ def test_the_users_own_constraint_holds_as_well(own: str, together: str | None) 
 
 @pytest.mark.parametrize("admission", ["features", "extra"])
 def test_who_may_preempt_goes_without_a_name(admission: str) -> None:
-    made = Lua(site.table(geometry.load("A100-80GB"), 2, admission, ["high", "gold.now"]), "lua51")
+    made = Lua(site.table(ONE_KIND, admission, ["high", "gold.now"]), "lua51")
     for fields in ({"partition": "high"}, {"partition": "main,high"}, {"qos": "gold.now"}):
         job = made.submit(tres_per_node="gres:mig:3g:1", **fields)
         assert job and admission not in job and "migt:job:1" in job["tres_per_node"], fields
@@ -607,7 +609,7 @@ def test_who_may_preempt_goes_without_a_name(admission: str) -> None:
         job = made.submit(tres_per_node="gres:mig:3g:1", **fields)
         assert job and "rms_3g.40gb_1" in job[admission], fields
     with pytest.raises(RequestError, match="no name of a partition or QOS"):
-        site.files("A100-80GB", 2, "n1", "/nonexistent", "/etc/slurm/slurm.conf", admission, ['a"] = b'])
+        site.files(ONE_KIND, "/nonexistent", "/etc/slurm/slurm.conf", admission, ['a"] = b'])
 
 
 def test_what_goes_without_a_name_and_what_not_at_all() -> None:
@@ -632,6 +634,64 @@ def test_the_name_stays(field: str) -> None:
     assert lua().modify(OURS, **{field: "a100"})
 
 
+# A cluster with several kinds of nodes
+
+
+@pytest.fixture(scope="module")
+def mixed() -> Lua:
+    kinds = [("A100-80GB", 2, "a[1-9]"), ("H100-80GB", 8, "h1"), ("A100-40GB", 4, "old[1-9]"), ("A30", 4, "b1")]
+    return Lua(site.table(site.kinds(kinds), "features"))
+
+
+@pytest.mark.parametrize(
+    ("typed", "fields"),
+    [
+        ("mig:3g.40gb:1", "mig:3g.40gb:1 migc:3 migm:4 migt:job:1 migt:size:6 rms_3g.40gb_1"),
+        ("mig:3g.20gb:1", "mig:3g.20gb:1 migc:3 migm:4 migt:job:1 migt:size:6 rms_3g.20gb_1"),
+        ("mig:1g.10gb:1", "mig:1g.10gb:1 migc:1 migm:1 migt:job:1 migt:size:1 rms_1g.10gb_1"),  # not the A100-40GB's
+        ("mig:4g.24gb:1", "mig:4g.24gb:1 migc:4 migm:4 migt:job:1 migt:size:4 rms_4g.24gb_1"),
+        ("mig:7g.80gb:8", "mig:7g.80gb:8 migc:56 migm:64 migt:job:1 migt:size:7 rms_7g.80gb_8"),  # the H100s alone
+    ],
+)
+def test_each_kind_of_node_has_its_profiles(mixed: Lua, typed: str, fields: str) -> None:
+    job = mixed.submit(tres_per_node=gres(typed))
+    assert job
+    assert [item.removeprefix("gres:") for item in job["tres_per_node"].split(",")] == fields.split()[:-1]
+    assert job["features"] == fields.split()[-1]
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("mig:3g:1", "rms: 3g may be 3g.40gb or 3g.20gb here; say which"),
+        ("mig:3g.40gb:1,mig:4g.24gb:1", "rms: 3g.40gb and 4g.24gb are profiles of different GPUs; a job"),
+        ("mig:7g.40gb:5", "rms: 7g.40gb:5 is more than an empty node can place (4 x A100-40GB)"),
+        ("mig:9g:1", "rms: unknown profile '9g'; known: 1g.10gb 1g.10gb+me 1g.20gb 2g.20gb 3g.40gb"),
+    ],
+)  # fmt: skip
+def test_what_no_kind_of_node_can_do(mixed: Lua, typed: str, said: str) -> None:
+    assert mixed.submit(tres_per_node=gres(typed)) is None
+    assert mixed.say.startswith(said)
+
+
+def test_a_name_of_two_sizes_is_in_the_gres_of_one_kind() -> None:
+    kinds = site.kinds([("A100-40GB", 1, "old1"), ("A100-80GB", 2, "a1")])
+    assert "mig:1g.10gb:4," in site.gres(kinds[0], "sums")
+    assert "mig:1g.10gb:" not in site.gres(kinds[1], "sums")
+    with pytest.raises(RequestError, match="--gpus is 0"):
+        site.kinds([("A30", 0, "b1")])
+
+
+def test_what_one_kind_can_be_asked_it_can_be_asked_among_others(mixed: Lua) -> None:
+    """With names in full, each profile alone and every pair, a cluster's lua says of a kind what its own says."""
+    alone = lua("A100-40GB", 4, admission="features")
+    names = [name for name in geometry.load("A100-40GB").by_name if name != "1g.10gb"]
+    for pair in [(name,) for name in names] + list(itertools.combinations(names, 2)):
+        for count in (1, 2, 5, 9):
+            typed = gres(",".join(f"mig:{name}:{count}" for name in pair))
+            assert mixed.submit(tres_per_node=typed) == alone.submit(tres_per_node=typed), typed
+
+
 # On a real slurmctld
 
 
@@ -639,10 +699,9 @@ def test_the_name_stays(field: str) -> None:
 def cluster() -> Iterator[Cluster]:
     if missing() and "CI" not in os.environ:
         pytest.skip(f"Slurm is not installed: {missing()}")
-    known = geometry.load("A100-80GB")
-    made = Cluster(nodes=2, gres=site.gres(known, 2, "sums"), extra_conf="GresTypes=mig,migc,migm,gpu")
+    made = Cluster(nodes=2, gres=site.gres(ONE_KIND[0], "sums"), extra_conf="GresTypes=mig,migc,migm,gpu")
     # The hooks are no part of this: only what lies beside slurm.conf for slurmctld.
-    files = site.files("A100-80GB", 2, "n[1-2]", "/nonexistent/rms.toml", str(made.conf), "sums")
+    files = site.files(ONE_KIND, "/nonexistent/rms.toml", str(made.conf), "sums")
     made.etc.mkdir()
     for name in ["job_submit.lua", "rms.lua", "rms_table.lua"]:
         (made.etc / name).write_text(files[name])

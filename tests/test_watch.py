@@ -27,12 +27,28 @@ NOW = 1_800_000_000.0
 A100 = geometry.load("A100-80GB")
 
 
-def node(name: str, gpus: int = 2, comment: str = "", state: str = "mixed", **more: object) -> Node:
+def node(
+    name: str, gpus: int = 2, comment: str = "", state: str = "mixed", model: str = "A100-80GB", **more: object
+) -> Node:
     gres = {}
-    for item in site.gres(A100, gpus, "features").split(","):
+    for item in site.gres(site.kinds([(model, gpus, name)])[0], "features").split(","):
         key, _, count = item.rpartition(":")
         gres[key] = int(count)
     return Node(name, state, ("main",), gres, (), comment)._replace(**more)
+
+
+def test_room_is_kept_only_where_the_profile_can_be_asked_for() -> None:
+    """1g.10gb is a quarter of an A100-40GB; it is not in the gres of one where an A100-80GB has it, too."""
+    old = node("old", gpus=1, model="A100-40GB")
+    wanted = job(1, "1g.10gb:1")
+    assert watch.may_run(wanted, old)
+    both = site.kinds([("A100-80GB", 1, "new"), ("A100-40GB", 1, "old")])
+    counts = {
+        item.rpartition(":")[0]: int(item.rpartition(":")[2]) for item in site.gres(both[1], "features").split(",")
+    }
+    assert not watch.may_run(wanted, old._replace(gres=counts))
+    large = job(2, "7g.40gb:1")
+    assert watch.room(large, old._replace(gres=counts), [], NOW) == Keep(2, "7g.40gb:1", 1, NOW)
 
 
 def job(number: int, request: str = "7g.80gb:1", **more: object) -> Queued:

@@ -26,7 +26,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple
@@ -70,10 +70,10 @@ def missing() -> list[str]:
 class Cluster:
     """One Slurm cluster with the nodes n1, n2, ...; a context manager.
 
-    `gres` and `features` are those of every node. `hooks` are slurm.conf keys with a path (Prolog, Epilog, ...).
-    `files` are written beside slurm.conf; a job_submit.lua there is switched on. `extra_conf` has lines of
-    slurm.conf that replace ours of the same key; nodes come on top. `cred_expire` is in seconds (Slurm's own
-    default is 120). Without a `root` a temporary directory is made, and removed at the end.
+    `gres` and `features` are those of every node; `gres` may be a list, with one for each. `hooks` are slurm.conf keys
+    with a path (Prolog, Epilog, ...). `files` are written beside slurm.conf; a job_submit.lua there is switched on.
+    `extra_conf` has lines of slurm.conf that replace ours of the same key; nodes come on top. `cred_expire` is in
+    seconds (Slurm's own default is 120). Without a `root` a temporary directory is made, and removed at the end.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Cluster:
         *,
         nodes: int = 2,
         cpus: int = 16,
-        gres: str = "",
+        gres: str | Sequence[str] = "",
         features: str = "",
         hooks: Mapping[str, Path] | None = None,
         files: Mapping[str, str] | None = None,
@@ -99,7 +99,8 @@ class Cluster:
         work = self.root / "work"
         self.users = [User(p.pw_name, p.pw_uid, p.pw_gid, work / p.pw_name) for p in _two_users()]
         self.ports: dict[str, int] = {}  # of slurmctld and of each node, once started
-        self._cpus, self._gres, self._features, self._hooks = cpus, gres, features, dict(hooks or {})
+        self._gres = dict(zip(self.nodes, [gres] * nodes if isinstance(gres, str) else gres, strict=True))
+        self._cpus, self._features, self._hooks = cpus, features, dict(hooks or {})
         self._files, self._extra_conf = dict(files or {}), extra_conf
         self._cred_expire, self._scheduler = cred_expire, scheduler
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
@@ -376,16 +377,16 @@ class Cluster:
             "PrologFlags": "Alloc,Contain",
             **self._hooks,
         }
-        if names := sorted({item.split(":")[0] for item in self._gres.split(",")} - {""}):
+        if names := sorted({item.split(":")[0] for gres in self._gres.values() for item in gres.split(",")} - {""}):
             settings["GresTypes"] = ",".join(names)
         if (self.etc / "job_submit.lua").exists():
             settings["JobSubmitPlugins"] = "lua"
         settings["PartitionName"] = "main Nodes=ALL Default=YES MaxTime=INFINITE State=UP"
         given = {line.split("=")[0].strip().lower() for line in self._extra_conf.splitlines()}
-        gres = f" Gres={self._gres}" if self._gres else ""
-        gres += f" Features={self._features}" if self._features else ""
         at = "NodeHostname=localhost NodeAddr=127.0.0.1"
-        lines = [f"NodeName={n} {at} Port={self.ports[n]} CPUs={self._cpus}{gres}" for n in self.nodes]
+        has = {n: (f" Gres={gres}" if gres else "") for n, gres in self._gres.items()}
+        features = f" Features={self._features}" if self._features else ""
+        lines = [f"NodeName={n} {at} Port={self.ports[n]} CPUs={self._cpus}{has[n]}{features}" for n in self.nodes]
         lines += [f"{key}={value}" for key, value in settings.items() if key.lower() not in given]
         return "\n".join([*lines, self._extra_conf, ""])
 
