@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from policy import baselines, exact, seeds, simulator, transitions, workload
-from policy.simulator import Node, Rule, World, simulate
+from policy import baselines, exact, rules, seeds, simulator, transitions, workload
+from policy.rules import Rule
+from policy.simulator import Node, World, simulate
 from policy.workload import Jobs
 
 A100 = transitions.load("A100-80GB")
-TABLES = simulator.tables("A100-80GB")
+TABLES = rules.tables("A100-80GB")
 SEEDS = seeds.TUNING[:6]
 
 
@@ -154,7 +155,7 @@ def speed() -> None:
         ("table, lazy destroy", Node(8, lazy=True), 0.0),
         ("table, queue", Node(8, depth=300), 0.0),
     ):
-        r = simulator.by_value(TABLES, value, rate)
+        r = rules.by_value(TABLES, value, rate)
         best = np.inf
         for _ in range(3):
             began = time.perf_counter()

@@ -1,35 +1,49 @@
 """How good the shipped policy is: the tables of docs/policy.md.
 
-    python benchmarks/policy_targets.py [PART ...] [--quick] [--write]
+    python benchmarks/policy_targets.py [PART ...] [--tuning | --quick] [--write]
 
-Without a part all of them are measured, in the order of `PARTS`. Seeds of the test range, paired; intervals are 95 %.
-The policy sees what a node sees: demand and times as estimated from its own past, started from the shipped prior; a
-column with the true mix shows what the estimate costs. `--quick` takes few GPUs and short streams; `--write` puts the
-tables into docs/policy.md, each part in its place.
+Without a part all of them are measured, one process for each core. Paired seeds; intervals are 95 %. The policy sees
+what a node sees: demand and times as estimated from its own past, started from the shipped prior; a column with the
+true mix shows what the estimate costs. Seeds are those of the test range; of the tuning range with `--tuning`, for
+whoever decides by what he sees; and those for checks with `--quick`, which takes few GPUs and short streams. `--write`
+puts the tables into docs/policy.md, each part in its place.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from policy import baselines, bounds, evaluate, exact, model, seeds, simulator, transitions, workload
+from policy import baselines, bounds, evaluate, exact, model, rules, seeds, simulator, transitions, workload
 from policy.model import Model
-from policy.simulator import Node, Tables, World, simulate
+from policy.rules import Tables
+from policy.simulator import Node, World, simulate
 from policy.transitions import Transitions
 from policy.workload import Floats, Jobs
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs/policy.md"
+SCRATCH = ROOT / "benchmarks/scratch.model"
+"""Made by `rms train --config policy/configs/slots8.scratch.toml`."""
 LOADS = (0.6, 0.9)
 STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 5: 2.57}
 """Student's t, 95 %, by degrees of freedom."""
 TOLD = ("uniform", "skew-small", "skew-big", "bimodal")
+
+
+class How(NamedTuple):
+    """With which random numbers, and whether with little."""
+
+    seeds: range
+    quick: bool
 
 
 class Board(NamedTuple):
@@ -43,18 +57,18 @@ class Board(NamedTuple):
 def board(name: str) -> Board:
     """By the model's name."""
     moves = transitions.load(name)
-    return Board(moves, simulator.tables(name), model.load(moves.geometry))
+    return Board(moves, rules.tables(name), model.load(moves.geometry))
 
 
 A100 = board("A100-80GB")
 
 
 def streams(
-    b: Board, quick: bool, shares: Floats, load: float, gpus: int, service: str = "exponential", limit: str = "1to3"
+    b: Board, how: How, shares: Floats, load: float, gpus: int, service: str = "exponential", limit: str = "1to3"
 ) -> list[Jobs]:
-    """Six streams of 60,000 jobs from the test range."""
-    count, each = (2, 4_000) if quick else (6, 60_000)
-    return [workload.stream(b.moves, s, each, shares, load, gpus, service, limit) for s in seeds.TEST[:count]]
+    """Six streams of 60,000 jobs."""
+    count, each = (2, 4_000) if how.quick else (6, 60_000)
+    return [workload.stream(b.moves, s, each, shares, load, gpus, service, limit) for s in how.seeds[:count]]
 
 
 def wait(jobs: Jobs, w: World) -> Floats:
@@ -86,19 +100,19 @@ def interval(differences: Sequence[float], digits: int = 1) -> str:
     return f"{np.mean(differences):+.{digits}f} ± {half:.{digits}f}"
 
 
-def exactly(quick: bool) -> Iterator[str]:
+def exactly(how: How) -> Iterator[str]:
     """Small nodes in loss mode, solved exactly."""
     yield "### Loss mode, exact: share of the gap from MFI to the optimum that is closed, in percent\n"
     yield "| GPUs | mix | load | MFI | optimum | gap, points | closed | with the true mix |"
     yield "|---|---|---|---|---|---|---|---|"
     moves, t, of = A100
-    for gpus in (2,) if quick else (2, 3):
-        for name in TOLD[: 1 if quick else None]:
+    for gpus in (2,) if how.quick else (2, 3):
+        for name in TOLD[: 1 if how.quick else None]:
             shares = workload.mix(name, moves)
             for load in LOADS:
                 best = exact.optimum(moves, gpus, shares, load).acceptance
                 mfi = exact.evaluate(moves, gpus, shares, load, baselines.mfi(moves, shares)).acceptance
-                seen = evaluate.converged(moves, t, gpus, of, shares, load, seeds.TEST[0])
+                seen = evaluate.converged(moves, t, gpus, of, shares, load, how.seeds[0])
                 closed = []
                 for mix in (seen, shares):
                     reached = exact.evaluate(moves, gpus, shares, load, evaluate.learned(moves, mix)).acceptance
@@ -107,7 +121,7 @@ def exactly(quick: bool) -> Iterator[str]:
                 yield f"| {gpus} | {name} | {load} | {gap} | {closed[0]} | {closed[1]} |"
 
 
-def queue(quick: bool, service: str, b: Board = A100) -> Iterator[str]:
+def queue(how: How, service: str, b: Board = A100) -> Iterator[str]:
     """Waits at 8 GPUs."""
     yield (
         f"### {b.moves.geometry.model}: 8 GPUs, load 0.8, {service}, greedy backfill without reservation: "
@@ -116,11 +130,11 @@ def queue(quick: bool, service: str, b: Board = A100) -> Iterator[str]:
     yield "| mix | limits | mean wait | with the true mix | largest p95 | worst profile's mean | worst p95 |"
     yield "|---|---|---|---|---|---|---|"
     node = Node(8, depth=300)
-    for name in TOLD[: 1 if quick else None]:
+    for name in TOLD[: 1 if how.quick else None]:
         shares = workload.mix(name, b.moves)
         for limit in ("exact", "1to3", "none"):
             mean, true, whole, means, tails = [], [], [], [], []
-            for jobs in streams(b, quick, shares, 0.8, 8, service, limit):
+            for jobs in streams(b, how, shares, 0.8, 8, service, limit):
                 known = evaluate.told(b.of, jobs)
                 base, given, ours = (
                     wait(jobs, w)
@@ -146,20 +160,20 @@ def queue(quick: bool, service: str, b: Board = A100) -> Iterator[str]:
             yield f"| {name} | {limit} | {figures} |"
 
 
-def admissions(quick: bool) -> Iterator[str]:
+def admissions(how: How) -> Iterator[str]:
     """Under a reservation, with the queue known, with jobs of several instances."""
     yield "### Variants: 8 GPUs, load 0.8, exponential, limits 1 to 3 times too long; wait against MFI, percent\n"
     yield "| mix | with a reservation for the 7g | the queue known | one in ten asks for two instances |"
     yield "|---|---|---|---|"
-    for name in TOLD[: 1 if quick else None]:
+    for name in TOLD[: 1 if how.quick else None]:
         shares = workload.mix(name, A100.moves)
         mfi = baselines.mfi(A100.moves, shares)
         cells = []
         for reserve, pending, pairs in ((True, False, 0.0), (False, True, 0.0), (False, False, 0.1)):
             node = Node(8, depth=300, reserve=reserve)
             found, base = [], []
-            for i, single in enumerate(streams(A100, quick, shares, 0.8, 8)):
-                rng = np.random.default_rng(seeds.TEST[1000 + i])
+            for i, single in enumerate(streams(A100, how, shares, 0.8, 8)):
+                rng = np.random.default_rng(how.seeds[1000 + i])
                 jobs = workload.paired(rng, single, A100.moves, shares, pairs) if pairs else single
                 found.append(float(wait(jobs, own(A100, node, jobs, pending)).mean()))
                 base.append(float(wait(jobs, simulate(A100.t, node, mfi, jobs)).mean()))
@@ -167,19 +181,19 @@ def admissions(quick: bool) -> Iterator[str]:
         yield f"| {name} | {' | '.join(cells)} |"
 
 
-def uninformative(quick: bool) -> Iterator[str]:
+def uninformative(how: How) -> Iterator[str]:
     """Limits that say little or nothing."""
     kinds = ("1to10", "rounded", "some", "default")
     yield "### 8 GPUs, load 0.8, exponential: mean wait against the same model without times, percent\n"
     yield "| mix | 1 to 10 times too long | rounded up to 0.5, 1, 2, 5, ... | a third has none | partition's default |"
     yield "|---|---|---|---|---|"
     node = Node(8, depth=300)
-    for name in TOLD[: 1 if quick else None]:
+    for name in TOLD[: 1 if how.quick else None]:
         shares = workload.mix(name, A100.moves)
         cells = []
         for kind in kinds:
             found, base = [], []
-            for jobs in streams(A100, quick, shares, 0.8, 8, limit=kind)[:4]:
+            for jobs in streams(A100, how, shares, 0.8, 8, limit=kind)[:4]:
                 blind = jobs._replace(limit=np.full(len(jobs.limit), workload.UNKNOWN))
                 found.append(float(wait(jobs, own(A100, node, jobs)).mean()))
                 base.append(float(wait(jobs, own(A100, node, blind)).mean()))
@@ -187,17 +201,14 @@ def uninformative(quick: bool) -> Iterator[str]:
         yield f"| {name} | {' | '.join(cells)} |"
 
 
-def ablation(quick: bool) -> Iterator[str]:
+def ablation(how: How) -> Iterator[str]:
     """What each part adds."""
     yield "### What each part adds: 8 GPUs, load 0.8, limits 1 to 3 times too long; wait against MFI, percent\n"
     yield "| | " + " | ".join(TOLD) + " |"
     yield "|---|" + "---|" * len(TOLD)
     moves, t, of = A100
     node = Node(8, depth=300)
-    half = len(of.layers[-1][1]) // 2
-    rows, biases = of.layers[-1]
-    # The value that was learned against exact solutions, in the place of the one that was learned by playing.
-    anchor = of._replace(layers=[*of.layers[:-1], ([*rows[:half], *rows[:half]], [*biases[:half], *biases[:half]])])
+    anchor = anchor_alone(of)
     prior = np.array(of.prior)
 
     def wordly(jobs: Jobs) -> model.Times:
@@ -218,7 +229,7 @@ def ablation(quick: bool) -> Iterator[str]:
     cells: dict[str, list[str]] = {name: [] for name in parts}
     for name in TOLD:
         shares = workload.mix(name, moves)
-        jobs = streams(A100, quick, shares, 0.8, 8)
+        jobs = streams(A100, how, shares, 0.8, 8)
         base = [float(wait(j, simulate(t, node, baselines.mfi(moves, shares), j)).mean()) for j in jobs]
         for part, play in parts.items():
             cells[part].append(percent([float(wait(j, play(j)).mean()) for j in jobs], base))
@@ -226,15 +237,42 @@ def ablation(quick: bool) -> Iterator[str]:
         yield f"| {part} | {' | '.join(found)} |"
 
 
-def held_out(quick: bool) -> Iterator[str]:
+def anchor_alone(of: Model) -> Model:
+    """The value that was learned against exact solutions also in the place of the one that was learned by playing."""
+    rows, biases = of.layers[-1]
+    half = len(biases) // 2
+    return of._replace(layers=[*of.layers[:-1], ([*rows[:half], *rows[:half]], [*biases[:half], *biases[:half]])])
+
+
+def learning(how: How) -> Iterator[str]:
+    """What learning adds to the exact solutions, and what it reaches without them."""
+    yield "### Anchor and learning: 8 GPUs, load 0.8, exact limits; mean wait against MFI, percent\n"
+    yield "| | " + " | ".join(TOLD) + " |"
+    yield "|---|" + "---|" * len(TOLD)
+    scratch = model.unpack(SCRATCH.read_bytes(), A100.moves.geometry)
+    models = {"anchor alone": anchor_alone(A100.of), "from the anchor (what ships)": A100.of, "from scratch": scratch}
+    cells: dict[str, list[str]] = {name: [] for name in (*models, "from the anchor against the anchor alone")}
+    node = Node(8, depth=300)
+    for name in TOLD:
+        shares = workload.mix(name, A100.moves)
+        jobs = streams(A100, how, shares, 0.8, 8, limit="exact")
+        base = [float(wait(j, simulate(A100.t, node, baselines.mfi(A100.moves, shares), j)).mean()) for j in jobs]
+        found = [[float(wait(j, own(A100, node, j, of=of)).mean()) for j in jobs] for of in models.values()]
+        for row, waits, against in zip(cells.values(), [*found, found[1]], [base, base, base, found[0]], strict=True):
+            row.append(percent(waits, against))
+    for row, filled in cells.items():
+        yield f"| {row} | {' | '.join(filled)} |"
+
+
+def held_out(how: How) -> Iterator[str]:
     """Mixes, loads, sizes and services that nobody trained for."""
     yield "### Held out: 40 mixes none of which is within 0.15 (L1) of a training mix, loads 0.4 to 1.1, 1 to 32 GPUs\n"
     yield "| service | GPUs | cases | median gain | worst | below MFI | by more than 0.2 points |"
     yield "|---|---|---|---|---|---|---|"
-    rng = np.random.default_rng(seeds.TEST[5000])
+    rng = np.random.default_rng(how.seeds[5000])
     trained = training_mixes()
     mixes: list[Floats] = []
-    while len(mixes) < (3 if quick else 40):
+    while len(mixes) < (3 if how.quick else 40):
         drawn = rng.dirichlet(np.ones(6))
         if np.abs(trained - drawn).sum(axis=1).min() > 0.15:
             mixes.append(drawn)
@@ -244,8 +282,9 @@ def held_out(quick: bool) -> Iterator[str]:
             gpus, load = int(rng.choice([1, 2, 4, 8, 16, 32])), float(rng.uniform(0.4, 1.1))
             limit = str(rng.choice(["exact", "1to3", "none"]))
             differences = []
-            for seed in seeds.TEST[6000 + 10 * i :][: 1 if quick else 4]:
-                jobs = workload.stream(A100.moves, seed, 4_000 if quick else 40_000, shares, load, gpus, service, limit)
+            many, each = (1, 4_000) if how.quick else (4, 40_000)
+            for seed in how.seeds[6000 + 10 * i :][:many]:
+                jobs = workload.stream(A100.moves, seed, each, shares, load, gpus, service, limit)
                 mfi = simulate(A100.t, Node(gpus), baselines.mfi(A100.moves, shares), jobs)
                 differences.append(accepted(A100, jobs, own(A100, Node(gpus), jobs)) - accepted(A100, jobs, mfi))
             size = "1" if gpus == 1 else "2 and 4" if gpus < 8 else "8 to 32"
@@ -269,61 +308,73 @@ def training_mixes() -> Floats:
     return np.array(found)
 
 
-def elastic(quick: bool) -> Iterator[str]:
+class Compared(NamedTuple):
+    """What MFI, the best baseline and the shipped policy reach (more is better); and how much more than the best."""
+
+    mfi: float
+    best: float
+    name: str
+    ours: float
+    more: list[float]
+
+
+def compared(
+    b: Board, node: Node, shares: Floats, jobs: list[Jobs], names: list[str], reached: Callable[[Jobs, World], float]
+) -> Compared:
+    """The shipped policy beside these baselines, one of which is MFI."""
+    found = {
+        name: [reached(j, simulate(b.t, node, baselines.ALL[name](b.moves, shares), j)) for j in jobs] for name in names
+    }
+    ours = [reached(j, own(b, node, j)) for j in jobs]
+    best = max(found, key=lambda name: float(np.mean(found[name])))
+    more = [x - y for x, y in zip(ours, found[best], strict=True)]
+    return Compared(float(np.mean(found["MFI"])), float(np.mean(found[best])), best, float(np.mean(ours)), more)
+
+
+def elastic(how: How) -> Iterator[str]:
     """An elastic pool: an empty GPU is taken only when nothing else fits."""
     yield "### Elastic pool, load of 8 GPUs, limits 1 to 3 times too long: time-average of non-empty GPUs\n"
     yield "| mix | MFI | best baseline | learned | learned less best baseline | repacking bound |"
     yield "|---|---|---|---|---|---|"
     b, node = A100, Node(60, depth=300, elastic=True)
     without = np.array([0.2, 0.2, 0.2, 0.2, 0.2, 0.0])
+
+    def spared(jobs: Jobs, w: World) -> float:
+        return -float(w.clock[simulator.GPU_TIME] / w.clock[simulator.NOW])
+
     for name, shares in [*((n, workload.mix(n, b.moves)) for n in ("uniform", "skew-small")), ("without 7g", without)]:
-        jobs = streams(b, quick, shares, 0.8, 8)[:3]
-
-        def needed(w: World) -> float:
-            return float(w.clock[simulator.GPU_TIME] / w.clock[simulator.NOW])
-
-        found: dict[str, list[float]] = {}
-        for rule, make in baselines.ALL.items():
-            found[rule] = [needed(simulate(b.t, node, make(b.moves, shares), j)) for j in jobs]
-        ours = [needed(own(b, node, j)) for j in jobs]
-        best = min(found, key=lambda rule: float(np.mean(found[rule])))
+        jobs = streams(b, how, shares, 0.8, 8)[:3]
+        found = compared(b, node, shares, jobs, list(baselines.ALL), spared)
         bound = np.mean([bounds.fewest_gpus(b.moves, j) for j in jobs])
-        less = interval([x - y for x, y in zip(ours, found[best], strict=True)], 2)
-        figures = f"{np.mean(found['MFI']):.2f} | {np.mean(found[best]):.2f} ({best}) | {np.mean(ours):.2f}"
+        less = interval([-more for more in found.more], 2)
+        figures = f"{-found.mfi:.2f} | {-found.best:.2f} ({found.name}) | {-found.ours:.2f}"
         yield f"| {name} | {figures} | {less} | {bound:.2f} |"
 
 
-def large(quick: bool) -> Iterator[str]:
+def large(how: How) -> Iterator[str]:
     """A hundred GPUs."""
     yield "### 100 GPUs, loss mode, without limits: accepted memory slices, points above MFI\n"
     yield "| mix | load | MFI | best baseline | learned | learned less best baseline |"
     yield "|---|---|---|---|---|---|"
-    b, node = A100, Node(10 if quick else 100)
+    b, node = A100, Node(10 if how.quick else 100)
     strong = [n for n in baselines.ALL if n not in ("random", "worst-fit", "first-fit low", "NVIDIA's order")]
-    for name in TOLD[: 1 if quick else None]:
+    for name in TOLD[: 1 if how.quick else None]:
         shares = workload.mix(name, b.moves)
         for load in (0.85, 0.95):
-            jobs = streams(b, quick, shares, load, node.gpus, limit="none")[:3]
-            found = {
-                rule: [accepted(b, j, simulate(b.t, node, baselines.ALL[rule](b.moves, shares), j)) for j in jobs]
-                for rule in strong
-            }
-            ours = [accepted(b, j, own(b, node, j)) for j in jobs]
-            best = max(found, key=lambda rule: float(np.mean(found[rule])))
-            mfi = float(np.mean(found["MFI"]))
-            less = interval([x - y for x, y in zip(ours, found[best], strict=True)], 2)
-            figures = f"{mfi:.2f} | {np.mean(found[best]) - mfi:+.2f} ({best}) | {np.mean(ours) - mfi:+.2f} | {less}"
-            yield f"| {name} | {load} | {figures} |"
+            jobs = streams(b, how, shares, load, node.gpus, limit="none")[:3]
+            found = compared(b, node, shares, jobs, strong, lambda j, w: accepted(b, j, w))
+            figures = f"{found.mfi:.2f} | {found.best - found.mfi:+.2f} ({found.name}) | {found.ours - found.mfi:+.2f}"
+            yield f"| {name} | {load} | {figures} | {interval(found.more, 2)} |"
 
 
-def reuse(quick: bool) -> Iterator[str]:
+def reuse(how: How) -> Iterator[str]:
     """Creates per job."""
     yield "### Lazy destroy, 8 GPUs, load 0.7, uniform, limits 1 to 3 times too long\n"
     yield "| creates per job | MFI's | mean wait against the same without reuse, percent |"
     yield "|---|---|---|"
     shares = workload.mix("uniform", A100.moves)
     made, mfis, lazily, eagerly = [], [], [], []
-    for jobs in streams(A100, quick, shares, 0.7, 8):
+    for jobs in streams(A100, how, shares, 0.7, 8):
         lazy, eager = (own(A100, Node(8, depth=300, lazy=on), jobs) for on in (True, False))
         mfi = simulate(A100.t, Node(8, depth=300, lazy=True), baselines.mfi(A100.moves, shares), jobs)
         made.append(float(lazy.created.mean()))
@@ -333,33 +384,43 @@ def reuse(quick: bool) -> Iterator[str]:
     yield f"| {np.mean(made):.3f} | {np.mean(mfis):.3f} | {percent(lazily, eagerly)} |"
 
 
-PARTS: dict[str, Callable[[bool], Iterator[str]]] = {
+PARTS: dict[str, Callable[[How], Iterator[str]]] = {
     "exact": exactly,
-    "queue": lambda quick: queue(quick, "exponential"),
-    "hyper": lambda quick: queue(quick, "hyperexponential"),
+    "queue": lambda how: queue(how, "exponential"),
+    "hyper": lambda how: queue(how, "hyperexponential"),
     "ablation": ablation,
+    "learning": learning,
     "admissions": admissions,
     "limits": uninformative,
     "reuse": reuse,
     "held-out": held_out,
     "elastic": elastic,
     "large": large,
-    "a30": lambda quick: queue(quick, "exponential", board("A30")),
+    "a30": lambda how: queue(how, "exponential", board("A30")),
 }
+
+
+def measure(part: str, how: How) -> tuple[str, float]:
+    """A part's tables, and the processor time that they took, in seconds."""
+    began = time.process_time()
+    lines = [("\n" if line.startswith("#") else "") + line + "\n" for line in PARTS[part](how)]
+    return "".join(lines), time.process_time() - began
 
 
 def main(arguments: list[str]) -> None:
     """Print the tables as they come."""
-    quick, write = "--quick" in arguments, "--write" in arguments
+    options = [a for a in ("--quick", "--tuning") if a in arguments]
+    how = How(seeds.CHECKS, True) if "--quick" in options else How(seeds.TUNING if options else seeds.TEST, False)
     chosen = [a for a in arguments if a in PARTS] or list(PARTS)
-    for part in chosen:
-        text = f"Model {A100.of.name}, `python benchmarks/policy_targets.py {part}{' --quick' if quick else ''}`.\n"
-        print(text)
-        for line in PARTS[part](quick):
-            print(line, flush=True)
-            text += ("\n" if line.startswith("#") else "") + line + "\n"
-        if write:
-            put(part, text)
+    with ProcessPoolExecutor(min(len(os.sched_getaffinity(0)), len(chosen))) as pool:
+        found = {part: pool.submit(measure, part, how) for part in chosen}
+        for part, result in found.items():
+            tables, seconds = result.result()
+            command = " ".join(["python benchmarks/policy_targets.py", part, *options])
+            text = f"Model {A100.of.name}, `{command}`.\n{tables}"
+            print(f"{text}\n{part}: {seconds:.0f} s of processor time\n", flush=True)
+            if "--write" in arguments:
+                put(part, text)
 
 
 def put(part: str, text: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from policy.simulator import Rule, Tables, rule, tabulate
+from policy.rules import Rule, Tables, rule, tabulate
 from policy.transitions import Transitions
 from policy.workload import Floats
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from policy import seeds, simulator, transitions, workload
+from policy import rules, seeds, simulator, transitions, workload
 from policy.simulator import Node
 
 Observation = dict[str, Any]
@@ -40,7 +40,7 @@ class PlacingEnv(gymnasium.Env[Observation, np.int64]):
         limit: str = "1to3",
     ) -> None:
         self.moves = transitions.load(model)
-        self.tables = simulator.tables(model)
+        self.tables = rules.tables(model)
         self.node = Node(gpus)
         self.demand = (jobs, workload.mix(mix, self.moves), load, gpus, service, limit)
         self.places = len(self.moves.placements)

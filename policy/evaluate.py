@@ -8,7 +8,8 @@ import numpy as np
 
 from policy import model
 from policy.model import PRIOR, Model, Times
-from policy.simulator import Node, Rule, Tables, World, advance, by_value, finish, simulate, tables, world
+from policy.rules import Rule, Tables, by_value, tables
+from policy.simulator import Node, World, advance, finish, simulate, world
 from policy.transitions import Transitions
 from policy.workload import UNKNOWN, Floats, Jobs, stream
 from rms.planner import Demand, Ended, View
@@ -31,7 +32,8 @@ def learned(moves: Transitions, shares: Floats, of: Model | None = None, known: 
     of = of or model.load(moves.geometry)
     value = np.array(model.values(of, shares.tolist(), known.rate > 0))[np.array(moves.classes)]
     t = tables(moves.geometry.model)
-    return by_value(t, value, known.rate, of.reuse, np.array(known.ratios, dtype=np.float64), known.guesses)
+    ratios = np.array(known.ratios, dtype=np.float64)
+    return by_value(t, value, known.rate, of.reuse, ratios, known.guesses, shares)
 
 
 def told(of: Model, jobs: Jobs) -> Times:

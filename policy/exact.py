@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from policy.jit import compiled, inlined
-from policy.simulator import Array, Node, Rule, choose_all, tabulate, world
+from policy.rules import Array, Rule, tabulate
+from policy.simulator import Node, choose_all, world
 from policy.transitions import Transitions
 from policy.workload import Floats, rate, sizes
 

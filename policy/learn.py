@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 import rms
-from policy import audits, evaluate, model, seeds, simulator, transitions, workload
+from policy import audits, evaluate, model, rules, seeds, transitions, workload
 from policy.audits import Logs
 from policy.model import Model, ModelError, Times
 from policy.shelf import Shelf
@@ -268,7 +268,7 @@ def game(of: Model, jobs: Jobs, shares: Floats, node: Node) -> Game:
 
 def mean_wait(moves: Transitions, of: Model, games: Sequence[Game]) -> float:
     """The mean wait under a model, the demand known."""
-    t, total = simulator.tables(moves.geometry.model), 0.0
+    t, total = rules.tables(moves.geometry.model), 0.0
     for jobs, shares, node, known in games:
         rule = evaluate.learned(moves, shares, of, known._replace(rate=known.rate * of.foresight))
         total += float((simulate(t, node, rule, jobs).start - jobs.submit).mean())
@@ -360,7 +360,7 @@ def replay(log: Log, of: Model, progress: Progress) -> Floats:
     The mean of several replays in which jobs are submitted up to a few minutes later than they were: where two models
     place one job differently all that follows differs by accident, too, and these accidents are most of the noise.
     """
-    t, node = simulator.tables(log.moves.geometry.model), Node(log.gpus, depth=DEPTH, lazy=True)
+    t, node = rules.tables(log.moves.geometry.model), Node(log.gpus, depth=DEPTH, lazy=True)
     rng = np.random.default_rng(seeds.LEARNING[1])
     most = JITTER * float(log.jobs.duration[log.heads].mean())
     sizes = log.jobs.rest[log.heads] + 1

@@ -7,21 +7,13 @@ meanwhile. The rules of placing are those of `rms.planner`; a test holds the two
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from policy import transitions
 from policy.jit import compiled, inlined
-from policy.transitions import Transitions
-from policy.workload import Floats, Jobs, sizes
-
-Array = npt.NDArray[Any]
-
-LEAST = -(2**62)
-"""Below every score."""
+from policy.rules import LEAST, Array, Rule, Tables
+from policy.workload import Jobs
 
 GOLDEN = 0.6180339887498949
 """Spreads the quantiles of placements evenly (`policy.model` has the same)."""
@@ -29,56 +21,18 @@ GOLDEN = 0.6180339887498949
 NONE = np.zeros(0, dtype=np.int64)
 """No further profiles."""
 
-EXACT = np.ones(1)
-"""The ratios where time limits are taken at their word."""
-
 FIT, GPU_SUMS, NODE_SUMS = 0, 1, 2
 """What Slurm knows when it starts a job: whether it fits; or how many slices are free, on each GPU or on all."""
 
-# Event codes of the heap: 0 and up is a departure (GPU and placement), WAKE a second look at the queue.
-WAKE = -1
+# Event codes of the heap: 0 and up is a departure (GPU and placement), WAKE a second look at the queue, from MADE down
+# the end of making an instance ahead (MADE less the GPU).
+WAKE, MADE = -1, -2
+# What is made ahead on a GPU, in World.making, if no placement: nothing; what a job took before its event has come;
+# nothing yet, but it is to be looked at.
+NOTHING, TAKEN, RELEASED = -1, -2, -3
 # Places in World.tally and World.clock.
-ARRIVED, EVENTS, HEAD, TAIL, QUEUED, RESERVED, NONEMPTY, PEAK, RANDOM = range(9)
+ARRIVED, EVENTS, HEAD, TAIL, QUEUED, RESERVED, NONEMPTY, PEAK, RANDOM, AHEAD, USED = range(11)
 NOW, GATE, DRAINED, GPU_TIME = range(4)
-
-
-class Tables(NamedTuple):
-    """`Transitions` as arrays. The placements of profile p are first[p] to first[p + 1] - 1."""
-
-    after: Array
-    before: Array
-    fits: Array
-    first: Array
-    overlaps: Array
-    compute: Array
-    memory: Array
-    profile_compute: Array
-    profile_memory: Array
-    slots: int
-
-
-class Rule(NamedTuple):
-    """Where instances go: the highest score wins, then the lowest GPU, then the lowest start.
-
-    `score[s, k]` is the score of placement k on a GPU in state s, `best[s, p]` the best placement of a profile there.
-    `bonus` is added where an idle instance is reused, `toll` taken off for each one that is destroyed. `lowest` takes
-    the first GPU with room, whatever the others score; `random` scores at random. `capability` weighs what profiles the
-    node can still place afterwards, before `score`. With `rate` above 0 the score is that of `value` over the remaining
-    times (`over_time`), the mean over `draws` guesses of them: `ratios`, rising, are the parts of their time limits
-    that jobs run for (`remaining`).
-    """
-
-    score: Array
-    best: Array
-    value: Array
-    rate: float
-    ratios: Array
-    draws: int
-    capability: Array
-    bonus: int
-    toll: int
-    lowest: bool
-    random: bool
 
 
 class Node(NamedTuple):
@@ -86,9 +40,10 @@ class Node(NamedTuple):
 
     `reserve`: for the first waiting job that needs a whole GPU the one that drains first is kept, and only jobs that
     end by then are started there. `elastic`: an empty GPU is taken only when nothing else fits. `lazy`: instances stay
-    when their job ends, for reuse, and are destroyed when in the way. `create` and `destroy` are times that delay a
-    start. `latency` is the time from a start until Slurm knows of it and may start the next (the token). `hold` is how
-    long a job waits that Slurm started and that did not fit.
+    when their job ends, for reuse, and are destroyed when in the way. `prewarm`: after a job has ended the instances
+    that are wanted for the free slices are made ahead (`lacking`), except over one used in the last `spared`. `create`
+    and `destroy` are times that delay a start. `latency` is the time from a start until Slurm knows of it and may start
+    the next (the token). `hold` is how long a job waits that Slurm started and that did not fit.
     """
 
     gpus: int
@@ -96,6 +51,8 @@ class Node(NamedTuple):
     reserve: bool = False
     elastic: bool = False
     lazy: bool = False
+    prewarm: bool = False
+    spared: float = 0.0
     create: float = 0.0
     destroy: float = 0.0
     admission: int = FIT
@@ -107,15 +64,24 @@ class World(NamedTuple):
     """A node at one moment, and what became of each job so far.
 
     By GPU: `state` (what is busy), `idle` (existing instances that nobody has, as bits), and by placement `began` (when
-    the job was started) and `ends` (when its time limit is over). `room[p]` counts the GPUs that can take profile p.
+    the job was started), `ends` (when its time limit is over) and `used` (when a job last left it). `room[p]` counts
+    the GPUs that can take profile p. Made ahead: `ahead` (idle instances that nobody has used yet, as bits), `making`
+    (the placement being made) and `made` (when it is there); `tally[AHEAD]` counts them, `tally[USED]` those that a job
+    got.
     By job: `start` (nan as long as it has none), `gpu` and `placement` (-1), how many instances were `created` and
-    `destroyed` for it, and how often it was `misplaced`; a job of several instances has that many rows, as in `Jobs`.
+    `destroyed` for it, how long that was its `delay`, and how often it was `misplaced`; a job of several instances has
+    that many rows, as in `Jobs`.
     """
 
     state: Array
     idle: Array
     began: Array
     ends: Array
+    used: Array
+    ahead: Array
+    making: Array
+    made: Array
+    planned: Array
     room: Array
     times: Array
     codes: Array
@@ -136,88 +102,15 @@ class World(NamedTuple):
     placement: Array
     created: Array
     destroyed: Array
+    delay: Array
     misplaced: Array
-
-
-@cache
-def tables(model: str) -> Tables:
-    """The tables of a GPU model."""
-    return tabulate(transitions.load(model))
-
-
-def tabulate(moves: Transitions) -> Tables:
-    """Transitions as arrays."""
-    by_name = moves.geometry.by_name
-    after = np.array(moves.after, dtype=np.int32)
-    first = np.array([0, *np.cumsum([len(places) for places in moves.of_profile])], dtype=np.int32)
-    fits = np.array([[any(row[k] >= 0 for k in ks) for ks in moves.of_profile] for row in moves.after], dtype=np.int32)
-    overlaps = [
-        sum(1 << other for other, q in enumerate(moves.placements) if p.mask & q.mask) for p in moves.placements
-    ]
-    return Tables(
-        after,
-        np.array(moves.before, dtype=np.int32),
-        fits,
-        first,
-        np.array(overlaps, dtype=np.int64),
-        np.array([sum(by_name[p.profile].compute for p in held) for held in moves.states], dtype=np.int32),
-        np.array([sum(p.size for p in held) for held in moves.states], dtype=np.int32),
-        np.array([by_name[name].compute for name in moves.profiles], dtype=np.int32),
-        sizes(moves).astype(np.int32),
-        moves.geometry.slots,
-    )
-
-
-def rule(
-    t: Tables,
-    score: Floats,
-    *,
-    value: Floats | None = None,
-    rate: float = 0.0,
-    ratios: Floats = EXACT,
-    draws: int = 1,
-    capability: Floats | None = None,
-    reuse: float = 0.0,
-    toll: float = 0.0,
-    lowest: bool = False,
-    random: bool = False,
-) -> Rule:
-    """A rule from its scores. They count in millionths, so that all implementations see the same ties; a reuse that
-    scores nothing in itself still breaks them."""
-    whole = 2 * np.round(np.where(t.after >= 0, score, 0.0) * 1e6).astype(np.int64)
-    whole[t.after < 0] = LEAST
-    best = np.stack([a + whole[:, a:b].argmax(axis=1) for a, b in zip(t.first, t.first[1:], strict=False)], axis=1)
-    return Rule(
-        whole,
-        best.astype(np.int32),
-        np.zeros(len(t.after)) if value is None else value,
-        rate,
-        ratios,
-        draws,
-        np.zeros(len(t.first) - 1, dtype=np.int64)
-        if capability is None
-        else np.round(capability * 1e6).astype(np.int64),
-        2 * round(reuse * 1e6) + 1,
-        2 * round(toll * 1e6),
-        lowest,
-        random,
-    )
-
-
-def by_value(
-    t: Tables, value: Floats, rate: float = 0.0, reuse: float = 0.0, ratios: Floats = EXACT, draws: int = 1
-) -> Rule:
-    """The rule that wants the highest sum of `value[state]` over the GPUs after the decision. Making an instance costs
-    `reuse`, and so does destroying one."""
-    gain = np.where(t.after >= 0, value[t.after], 0.0) - value[:, None]
-    return rule(t, gain, value=value, rate=rate, ratios=ratios, draws=draws, reuse=reuse, toll=reuse)
 
 
 def world(t: Tables, node: Node, count: int, seed: int = 0) -> World:
     """An empty node before the first of `count` jobs."""
     placements = len(t.overlaps)
-    events = node.gpus * t.slots + 2 + (0 if node.admission == FIT and node.latency == 0 else 2 * count)
-    counters = np.zeros(9, dtype=np.int64)
+    events = node.gpus * (t.slots + 1) + 2 + (0 if node.admission == FIT and node.latency == 0 else 2 * count)
+    counters = np.zeros(11, dtype=np.int64)
     counters[[HEAD, TAIL, RESERVED]] = -1
     counters[RANDOM] = np.random.default_rng(seed).integers(1, 2**62)
     linked = count if node.depth else 0
@@ -226,6 +119,11 @@ def world(t: Tables, node: Node, count: int, seed: int = 0) -> World:
         idle=np.zeros(node.gpus, dtype=np.int64),
         began=np.zeros((node.gpus, placements)),
         ends=np.full((node.gpus, placements), np.inf),
+        used=np.full((node.gpus, placements), -np.inf),
+        ahead=np.zeros(node.gpus, dtype=np.int64),
+        making=np.full(node.gpus, NOTHING, dtype=np.int64),
+        made=np.zeros(node.gpus),
+        planned=np.zeros(len(t.first) - 1),
         room=np.full(len(t.first) - 1, node.gpus, dtype=np.int64),
         times=np.empty(events),
         codes=np.empty(events, dtype=np.int64),
@@ -246,6 +144,7 @@ def world(t: Tables, node: Node, count: int, seed: int = 0) -> World:
         placement=np.full(count, -1, dtype=np.int16),
         created=np.zeros(count, dtype=np.int8),
         destroyed=np.zeros(count, dtype=np.int8),
+        delay=np.zeros(count),
         misplaced=np.zeros(count, dtype=np.int32),
     )
 
@@ -500,22 +399,85 @@ def decide(t: Tables, node: Node, r: Rule, w: World, profile: int, end: float, n
     return chosen
 
 
+@compiled()
+def lacking(t: Tables, node: Node, r: Rule, w: World, g: int) -> int:
+    """The first instance that is wanted on a GPU and not there, -1 if there is none: its free slices are filled with
+    the profiles that are expected, by memory slices and the fewer of them are planned already, each where it costs
+    least value (as `policy.model.layout`). What was used lately is not destroyed for it."""
+    state = w.state[g]
+    w.planned[:] = 0.0
+    while True:
+        profile, most = -1, -1.0
+        for p in range(len(w.planned)):
+            expected = r.expected[p] * t.profile_memory[p] / (1.0 + w.planned[p])
+            if t.fits[state, p] > 0 and expected >= most:
+                profile, most = p, expected
+        if profile < 0:
+            return -1
+        spot = -1
+        for k in range(t.first[profile], t.first[profile + 1]):
+            new = t.after[state, k]
+            if new >= 0 and (spot < 0 or r.value[new] > r.value[t.after[state, spot]]):
+                spot = k
+        w.planned[profile] += 1.0
+        state = t.after[state, spot]
+        if not (w.idle[g] >> spot) & 1:
+            spared = False
+            for k in range(len(t.overlaps)):
+                if (w.idle[g] & t.overlaps[spot]) >> k & 1 and w.clock[NOW] - w.used[g, k] < node.spared:
+                    spared = True
+            if not spared:
+                return spot
+
+
+@inlined()
+def prepare(t: Tables, node: Node, r: Rule, w: World, g: int) -> None:
+    """Begin to make what is wanted next on a GPU."""
+    k = lacking(t, node, r, w, g)
+    w.making[g] = k if k >= 0 else NOTHING
+    if k >= 0:
+        doomed = w.idle[g] & t.overlaps[k]
+        w.idle[g] &= ~doomed
+        w.ahead[g] &= ~doomed
+        w.made[g] = w.clock[NOW] + node.create
+        while doomed:
+            doomed &= doomed - 1
+            w.made[g] += node.destroy
+        push(w, w.made[g], MADE - g)
+
+
+@inlined()
+def appear(w: World, g: int) -> None:
+    """The instance that was being made ahead is there."""
+    w.idle[g] |= 1 << w.making[g]
+    w.ahead[g] |= 1 << w.making[g]
+    w.tally[AHEAD] += 1
+
+
 @inlined()
 def settle(t: Tables, node: Node, w: World, j: int, where: int, end: float) -> float:
     """Give row j its GPU and placement; the time that this takes."""
     now = w.clock[NOW]
     g, k = where // len(t.overlaps), where % len(t.overlaps)
+    delay = 0.0
+    if node.prewarm and w.making[g] >= 0:  # nothing else can be done to that GPU until then
+        delay = w.made[g] - now
+        appear(w, g)
+        w.making[g] = TAKEN
     doomed = w.idle[g] & t.overlaps[k]
     w.idle[g] &= ~doomed
+    w.tally[USED] += (w.ahead[g] >> k) & 1
+    w.ahead[g] &= ~doomed
     if (doomed >> k) & 1:
         doomed = 0  # it is there already; nothing else can stand in its way
     else:
         w.created[j] = 1
-    delay = node.create * w.created[j]
+    delay += node.create * w.created[j]
     while doomed:
         doomed &= doomed - 1
         w.destroyed[j] += 1
         delay += node.destroy
+    w.delay[j] = delay
     w.start[j], w.gpu[j], w.placement[j] = now, g, k
     w.began[g, k], w.ends[g, k] = now, end
     become(t, w, g, t.after[w.state[g], k])
@@ -631,8 +593,19 @@ def advance(t: Tables, node: Node, r: Rule, jobs: Jobs, w: World, until: int) ->
                     become(t, w, g, t.before[w.state[g], k])
                     if node.lazy:
                         w.idle[g] |= 1 << k
+                        w.used[g, k] = now
+                    if node.prewarm and w.making[g] == NOTHING:
+                        w.making[g] = RELEASED
+                elif code <= MADE:
+                    if w.making[MADE - code] >= 0:
+                        appear(w, MADE - code)
+                    w.making[MADE - code] = RELEASED
             if w.tally[QUEUED] > 0:
                 scan(t, node, r, jobs, w)
+            if node.prewarm:  # who waits comes first
+                for g in range(len(w.state)):
+                    if w.making[g] == RELEASED:
+                        prepare(t, node, r, w, g)
             continue
         w.tally[ARRIVED] += 1 + jobs.rest[arrived]
         if node.depth == 0:

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from policy import baselines, bounds, evaluate, model, seeds, simulator, traces, transitions, workload
-from policy.simulator import Node, Rule
+from policy import baselines, bounds, evaluate, model, rules, seeds, simulator, traces, transitions, workload
+from policy.rules import Rule
+from policy.simulator import Node
 from policy.transitions import Transitions
 from policy.workload import Floats, Jobs
 from rms import geometry
@@ -174,7 +175,7 @@ def run(scenario: Scenario, policy: str, progress: Progress) -> Result:
     if policy in BOUNDS:
         starts = BOUNDS[policy][0](moves, pool, jobs, lambda done: progress(policy, done))
         return measured(scenario, policy, starts, None, None)
-    t = simulator.tabulate(moves)
+    t = rules.tabulate(moves)
     if policy == LEARNED:
         try:
             of = model.load(moves.geometry)

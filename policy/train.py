@@ -13,11 +13,9 @@ that occur, not the value of all.
 from __future__ import annotations
 
 import json
-import os
-import sys
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import comb
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,11 +23,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from policy import evaluate, exact, model, report, seeds, simulator, transitions, workload
+from policy import evaluate, exact, model, report, rules, seeds, simulator, transitions, workload
 from policy.exact import Demand
-from policy.simulator import Array, Node
+from policy.rules import Array
+from policy.simulator import Node
 from policy.transitions import Transitions
 from policy.workload import Floats, Jobs
+from rms.errors import RequestError
 
 EVENTS = 4
 """How many events each chain goes on between two looks at it."""
@@ -37,6 +37,13 @@ SAVE_EVERY = 500
 """Steps between two checkpoints, and two points of the learning curve."""
 LOOK_EVERY = 20
 """The same for games."""
+
+
+Progress = Callable[[str, float], None]
+
+
+def silent(what: str, done: float) -> None:
+    """Nobody is told how far it is."""
 
 
 class Anchor(NamedTuple):
@@ -122,7 +129,9 @@ def demands(config: dict[str, Any], moves: Transitions, seed: int) -> Iterator[t
             yield int(gpus), named[i] if i < len(named) else drawn, float(rng.uniform(low, high))
 
 
-def anchors(config: dict[str, Any], moves: Transitions, seed: int, folder: Path) -> list[Anchor]:
+def anchors(
+    config: dict[str, Any], moves: Transitions, seed: int, folder: Path, progress: Progress = silent
+) -> list[Anchor]:
     """Solve the nodes, or take them from `folder` where an earlier run has left them."""
     folder.mkdir(parents=True, exist_ok=True)
     wanted = list(demands(config, moves, seed))
@@ -134,7 +143,7 @@ def anchors(config: dict[str, Any], moves: Transitions, seed: int, folder: Path)
                 np.save(file, exact.optimum(moves, gpus, shares, load).value.astype(np.float32))
             path.with_suffix(".part").replace(path)
         found.append(Anchor(gpus, shares, load, exact.demand(moves, gpus, shares, load), np.load(path)))
-        progress(f"anchors {i + 1}/{len(wanted)}")
+        progress("solving nodes", (i + 1) / len(wanted))
     return found
 
 
@@ -159,7 +168,7 @@ def look(b: Board, anchor: Anchor, nodes: Array) -> Look:
     flat = (len(nodes), new.shape[2], -1)
 
     def by_choice(a: Array) -> Array:
-        return np.moveaxis(a, 2, 1).reshape(flat)
+        return np.require(np.moveaxis(a, 2, 1).reshape(flat), requirements="W")  # as torch wants it
 
     return Look(by_choice(old), by_choice(new), by_choice(legal), by_choice(regret))
 
@@ -187,38 +196,45 @@ def go_on(b: Board, anchor: Anchor, nodes: Array, value: Floats, rng: np.random.
 def loss_of(values: torch.Tensor, seen: Look, arrivals: Floats, temperature: float) -> torch.Tensor:
     """The acceptance in points that is lost per mean service time against the optimum, choices drawn by their logits;
     and those logits' temperature."""
-    gain = (values[torch.from_numpy(seen.new)] - values[torch.from_numpy(seen.old)]) / temperature
-    odds = torch.softmax(gain.masked_fill(torch.from_numpy(~seen.legal), -1e9), dim=2)
-    lost = (odds * torch.from_numpy(seen.regret).to(odds.dtype)).sum(dim=2)
-    return 100 * (lost @ torch.from_numpy(arrivals).to(odds.dtype)).mean()
+
+    def there(a: Array) -> torch.Tensor:
+        return torch.from_numpy(a).to(values.device)
+
+    gain = (values[there(seen.new)] - values[there(seen.old)]) / temperature
+    odds = torch.softmax(gain.masked_fill(there(~seen.legal), -1e9), dim=2)
+    lost = (odds * there(seen.regret).to(odds.dtype)).sum(dim=2)
+    return 100 * (lost @ there(arrivals).to(odds.dtype)).mean()
 
 
-def train(config: dict[str, Any], seed: int, folder: Path) -> Net:
-    """Train: against exact solutions first, then by playing."""
-    return play(config, seed, imitate(config, seed, folder), folder)
+def train(config: dict[str, Any], seed: int, folder: Path, device: str = "cpu", progress: Progress = silent) -> Net:
+    """Train: against exact solutions first, where there are any, then by playing."""
+    return play(config, seed, imitate(config, seed, folder, device, progress), folder, progress)
 
 
-def imitate(config: dict[str, Any], seed: int, folder: Path) -> Net:
+def imitate(config: dict[str, Any], seed: int, folder: Path, device: str = "cpu", progress: Progress = silent) -> Net:
     """Learn the value at a moment against exactly solved nodes, going on from the checkpoint in `folder` if there is
-    one. Writes the learning curve beside it."""
+    one. Writes the learning curve beside it. Without such nodes the net is left at random values."""
     torch.set_num_threads(1)
     moves = transitions.load(config["model"])
     b = board(moves)
-    solved = anchors(config, moves, seed, folder / "anchors")
-    options = config["training"]
+    solved = anchors(config, moves, seed, folder / "anchors", progress)
     torch.manual_seed(seed)
-    net = Net(len(moves.profiles), config["net"]["hidden"], config["net"]["rank"], len(b.after))
+    net = Net(len(moves.profiles), config["net"]["hidden"], config["net"]["rank"], len(b.after)).to(device)
+    if not solved:
+        return net
+    options = config["training"]
     optimiser = torch.optim.Adam(net.parameters(), lr=options["rate"])
     rng = np.random.default_rng(seeds.TRAINING[seed])
     chains = [np.zeros((options["chains"], a.gpus), dtype=np.int64) for a in solved]
+    of_size = {int(gpus): [i for i, a in enumerate(solved) if a.gpus == int(gpus)] for gpus in options["batch"]}
     curve: list[dict[str, float]] = []
     saved = folder / "checkpoint.pt"
     first = 0
     if saved.exists():
-        state = torch.load(saved, weights_only=True)
+        state = torch.load(saved, weights_only=True, map_location=device)
         net.load_state_dict(state["net"])
         optimiser.load_state_dict(state["optimiser"])
-        chains = [chain.numpy() for chain in state["chains"]]
+        chains = [chain.cpu().numpy() for chain in state["chains"]]
         curve, first = state["curve"], state["step"]
         rng = np.random.default_rng([seeds.TRAINING[seed], first])
     began, recent = time.monotonic(), []
@@ -228,11 +244,12 @@ def imitate(config: dict[str, Any], seed: int, folder: Path) -> Net:
         temperature = hot * (cold / hot) ** done
         for group in optimiser.param_groups:
             group["lr"] = options["rate"] * (1 - done)
-        picked = rng.choice(len(solved), min(options["batch"], len(solved)), replace=False)
-        values = net(torch.tensor(np.array([solved[i].shares for i in picked]), dtype=torch.float32))
+        picked = [i for gpus, count in options["batch"].items() for i in rng.choice(of_size[int(gpus)], count, False)]
+        shares = np.array([solved[i].shares for i in picked])
+        values = net(torch.tensor(shares, dtype=torch.float32, device=device))
         losses = []
         for i, of in zip(picked, values, strict=True):
-            greedy = of.detach().numpy().astype(np.float64)
+            greedy = of.detach().cpu().numpy().astype(np.float64)
             for _ in range(EVENTS if done > 0 else 40):  # from empty nodes at first
                 go_on(b, solved[i], chains[i], greedy, rng)
             losses.append(loss_of(of, look(b, solved[i], chains[i]), solved[i].asked.arrivals, temperature))
@@ -244,7 +261,7 @@ def imitate(config: dict[str, Any], seed: int, folder: Path) -> Net:
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == options["steps"]:
             seconds = time.monotonic() - began
             curve.append({"step": step + 1, "lost points": float(np.mean(recent)), "seconds": seconds})
-            progress(f"step {step + 1}/{options['steps']}, {np.mean(recent):.3f} points below the optimum")
+            progress(f"anchor, {np.mean(recent):.3f} points lost", (step + 1) / options["steps"])
             recent = []
             torch.save(
                 {
@@ -261,22 +278,24 @@ def imitate(config: dict[str, Any], seed: int, folder: Path) -> Net:
     return net
 
 
-def play(config: dict[str, Any], seed: int, net: Net, folder: Path) -> Net:
+def play(config: dict[str, Any], seed: int, net: Net, folder: Path, progress: Progress = silent) -> Net:
     """Learn the value for integrating over time where nothing is solved: by the waits on whole nodes with a queue.
 
     Evolution strategies on the values, from there on backwards through the net: for one mix at a time, two runs over
     the same jobs with the values moved a little one way and the other tell which way is better. The result lies
     between the start and the mean of the last weights, which has noise in it. Goes on from the checkpoint in `folder`.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     moves = transitions.load(config["model"])
     options = config["playing"]
+    device = net.timed.bias.device
     net.timed.load_state_dict(net.layers[-1].state_dict())
     optimiser = torch.optim.Adam(net.timed.parameters(), lr=options["rate"], betas=(0.9, 0.99))
     mean = {name: value.clone() for name, value in net.timed.state_dict().items()}
     curve: list[dict[str, float]] = []
     saved, first, began = folder / "playing.pt", 0, time.monotonic()
     if saved.exists():
-        state = torch.load(saved, weights_only=True)
+        state = torch.load(saved, weights_only=True, map_location=device)
         net.timed.load_state_dict(state["timed"])
         optimiser.load_state_dict(state["optimiser"])
         mean, curve, first = state["mean"], state["curve"], state["step"]
@@ -286,8 +305,8 @@ def play(config: dict[str, Any], seed: int, net: Net, folder: Path) -> Net:
             group["lr"] = options["rate"] * (1 - step / options["steps"])
         rng = dice(seed, step)
         game = draw(options, moves, step, rng)
-        values = net(torch.tensor(game.shares, dtype=torch.float32), timed=True)
-        centre = values.detach().numpy().astype(np.float64)
+        values = net(torch.tensor(game.shares, dtype=torch.float32, device=device), timed=True)
+        centre = values.detach().cpu().numpy().astype(np.float64)
         reach = options["noise"] * centre.std()
         slope = np.zeros(len(centre))
         for _ in range(options["pairs"]):
@@ -296,7 +315,7 @@ def play(config: dict[str, Any], seed: int, net: Net, folder: Path) -> Net:
             more, less = (waits(config, moves, game, jobs, centre + way * reach * noise) for way in (1, -1))
             slope += noise * (more - less) / (more + less)
         optimiser.zero_grad()
-        values.backward(torch.from_numpy(slope / options["pairs"] / reach).float())
+        values.backward(torch.from_numpy(slope / options["pairs"] / reach).float().to(device))
         optimiser.step()
         for name, value in net.timed.state_dict().items():
             mean[name].lerp_(value, 1 / min(step + 1, options["averaged"]))
@@ -307,7 +326,8 @@ def play(config: dict[str, Any], seed: int, net: Net, folder: Path) -> Net:
                 curve.append({"step": 0, "wait": before, "seconds": 0.0})
             curve.append({"step": step + 1, "wait": examine(config, moves, net), "seconds": time.monotonic() - began})
             net.timed.load_state_dict(now)
-            progress(f"game {step + 1}/{options['steps']}, waits {curve[-1]['wait'] / curve[0]['wait']:.3f} of before")
+            waited = curve[-1]["wait"] / curve[0]["wait"]
+            progress(f"playing, waits {waited:.3f} of before", (step + 1) / options["steps"])
             kept = {"timed": now, "optimiser": optimiser.state_dict(), "mean": mean, "curve": curve, "step": step + 1}
             torch.save(kept, saved.with_suffix(".part"))
             saved.with_suffix(".part").replace(saved)
@@ -339,10 +359,10 @@ def stream(moves: Transitions, game: Game, count: int, seed: int) -> Jobs:
 def waits(config: dict[str, Any], moves: Transitions, game: Game, jobs: Jobs, value: Floats) -> float:
     """The mean wait under these values of the classes; how much too long limits are is known."""
     ratios = np.sort((jobs.duration / jobs.limit)[: evaluate.REMEMBERED])
-    t = simulator.tables(config["model"])
+    t = rules.tables(config["model"])
     guesses = model.GUESSES if ratios[0] < ratios[-1] else 1
     foresight = config["rule"]["foresight"]
-    rule = simulator.by_value(t, value[np.array(moves.classes)], foresight, ratios=ratios, draws=guesses)
+    rule = rules.by_value(t, value[np.array(moves.classes)], foresight, ratios=ratios, draws=guesses)
     w = simulator.simulate(t, Node(game.gpus, depth=300), rule, jobs)
     return float((w.start - jobs.submit)[len(w.start) // 20 :].mean())
 
@@ -353,7 +373,8 @@ def examine(config: dict[str, Any], moves: Transitions, net: Net) -> float:
     for i, name in enumerate(workload.MIXES):
         game = Game(8, workload.mix(name, moves), 0.8, config["playing"]["limits"][0])
         with torch.no_grad():
-            value = net(torch.tensor(game.shares, dtype=torch.float32), timed=True).numpy().astype(np.float64)
+            shares = torch.tensor(game.shares, dtype=torch.float32, device=net.timed.bias.device)
+            value = net(shares, timed=True).cpu().numpy().astype(np.float64)
         for seed in range(4):
             found.append(waits(config, moves, game, stream(moves, game, 40_000, 10 * i + seed), value))
     return float(np.mean(found))
@@ -367,27 +388,28 @@ def note(path: Path, curve: list[dict[str, float]], what: str) -> None:
     path.with_suffix(".svg").write_text(drawn + "\n")
 
 
-def progress(text: str) -> None:
-    """Say how far it is: on one line of a terminal, else on lines of their own."""
-    print(text, end="\r\x1b[K" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
-
-
-def run(config_path: str, seed: int, out: str, folder: str) -> None:
+def run(config_path: str, seed: int, out: str, folder: str, device: str = "cpu", progress: Progress = silent) -> None:
     """`rms train`: train and write the model to `out`; what a later run needs to go on is in `folder`."""
     with open(config_path, "rb") as file:
-        config = tomllib.load(file)
-    net = train(config, seed, Path(folder))
+        try:
+            config = tomllib.load(file)
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise RequestError(f"{config_path}: {error}") from error
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise RequestError(f"--device {device}: torch finds no such device here")
+    made = {"config": config, "seed": seed, "commit": commit()}  # now: the files may change while it trains
+    net = train(config, seed, Path(folder), device, progress)
     moves = transitions.load(config["model"])
     prior = workload.mix("uniform", moves)
-    made = {"config": config, "seed": seed, "commit": commit()}
     Path(out).write_bytes(model.pack(moves, net.numbers(), prior.tolist(), config["rule"], made))
-    print(f"{out}: {os.path.getsize(out)} bytes")
 
 
 def commit() -> str:
-    """The commit that is checked out, empty where there is none."""
+    """The commit of the code that trains, with a + where files differ from it; empty where there is none."""
     import subprocess
 
-    root = Path(__file__).parents[1]
-    shown = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return shown.stdout.strip()
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")

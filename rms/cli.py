@@ -191,6 +191,9 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--folder", required=True, metavar="DIR", help="solved nodes, checkpoint and learning curve; goes on from there"
     )
+    verb.add_argument(
+        "--device", default="cpu", choices=("cpu", "cuda"), help="where the net is (default: %(default)s)"
+    )
 
     return parser
 
@@ -456,9 +459,15 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
 
 def train(options: argparse.Namespace) -> int:
     """Train a policy, or go on with it."""
-    from policy import train as training
-
-    training.run(options.config, options.seed, options.out, options.folder)
+    try:
+        from policy import train as training
+    except ModuleNotFoundError as error:
+        if error.name not in ("numpy", "numba", "torch"):
+            raise
+        return _fail(f"rms train needs {error.name}, which is not installed: pip install 'rms-mig[train]'", 1)
+    with _progress() as progress:
+        training.run(options.config, options.seed, options.out, options.folder, options.device, progress)
+    print(f"{options.out}: {os.path.getsize(options.out)} bytes")
     return 0
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from policy import evaluate, model, seeds, simulator, transitions, workload
+from policy import evaluate, model, rules, seeds, transitions, workload
 from policy.model import Model
 from policy.simulator import Node
 from policy.workload import Jobs
@@ -48,7 +48,7 @@ def lines(
 ) -> Iterator[dict[str, Any]]:
     """What nodes would write, in order of time; the last job ends an hour ago."""
     of = of or model.load(A100.geometry)
-    t, node = simulator.tables("A100-80GB"), Node(gpus, depth=300, lazy=True)
+    t, node = rules.tables("A100-80GB"), Node(gpus, depth=300, lazy=True)
     w = evaluate.simulate_estimating(A100, t, node, of, made, pending=True)
     unit = 3600 * hours
     ends = w.start + made.duration

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from policy import baselines, bounds, seeds, simulator, transitions, workload
+from policy import baselines, bounds, rules, seeds, transitions, workload
 from policy.simulator import Node, simulate
 from policy.transitions import Transitions
 from policy.workload import Jobs
@@ -95,7 +95,7 @@ def test_free_migration_is_what_it_says(model: str, depth: int) -> None:
 
 def test_free_migration_is_above_every_policy() -> None:
     moves = transitions.load("A100-80GB")
-    t = simulator.tables("A100-80GB")
+    t = rules.tables("A100-80GB")
     shares = workload.mix("skew-small", moves)
     jobs = workload.stream(moves, SEED, 20_000, shares, 0.8, 4, pairs=0.1)
     memory = t.profile_memory[jobs.profile]
@@ -143,7 +143,7 @@ def test_clairvoyant_is_the_best_of_all_ways(model: str, gpus: int, count: int) 
 @pytest.mark.parametrize("pairs", [0.0, 0.3])
 def test_clairvoyant_is_not_below_any_policy(pairs: float) -> None:
     moves = transitions.load("A100-80GB")
-    t = simulator.tables("A100-80GB")
+    t = rules.tables("A100-80GB")
     shares = workload.mix("uniform", moves)
     better = 0
     for seed in range(SEED, SEED + 5):

@@ -7,8 +7,9 @@ import itertools
 import numpy as np
 import pytest
 
-from policy import baselines, exact, seeds, simulator, transitions
-from policy.simulator import Node, by_value, simulate
+from policy import baselines, exact, rules, seeds, transitions
+from policy.rules import by_value
+from policy.simulator import Node, simulate
 from policy.transitions import Transitions
 from policy.workload import Floats, Jobs, mix, rate, sizes, stream
 
@@ -79,7 +80,7 @@ def test_on_one_gpu_the_values_are_the_policy() -> None:
     for name in ("skew-small", "bimodal"):
         shares = mix(name, A100)
         solved = exact.optimum(A100, 1, shares, 0.9)
-        r = by_value(simulator.tabulate(A100), solved.value[list(A100.classes)])
+        r = by_value(rules.tabulate(A100), solved.value[list(A100.classes)])
         assert exact.evaluate(A100, 1, shares, 0.9, r).acceptance == pytest.approx(solved.acceptance, abs=1e-5)
 
 
@@ -95,7 +96,7 @@ def accepted(jobs: Jobs, taken: np.ndarray, moves: Transitions = A100) -> tuple[
 def test_the_chain_of_a_rule_is_what_is_simulated(name: str) -> None:
     jobs = stream(A100, seeds.CHECKS.start, 400_000, UNIFORM, 0.9, 2)
     r = baselines.ALL[name](A100, UNIFORM)
-    seen, width = accepted(jobs, simulate(simulator.tabulate(A100), Node(2), r, jobs).gpu >= 0)
+    seen, width = accepted(jobs, simulate(rules.tabulate(A100), Node(2), r, jobs).gpu >= 0)
     assert width < 0.004
     # Twelve rules under one interval each: three half-widths, so that chance alone is not red.
     assert exact.evaluate(A100, 2, UNIFORM, 0.9, r).acceptance == pytest.approx(seen, abs=1.5 * width)
@@ -124,7 +125,7 @@ def test_the_optimum_of_two_gpus_is_reached() -> None:
             running = sorted([*running, (now + jobs.duration[j], g, k)])
             taken[j] = True
     seen, width = accepted(jobs, taken)
-    mfi = simulate(simulator.tabulate(A100), Node(2), baselines.mfi(A100, shares), jobs).gpu >= 0
+    mfi = simulate(rules.tabulate(A100), Node(2), baselines.mfi(A100, shares), jobs).gpu >= 0
     assert solved.acceptance == pytest.approx(seen, abs=1.5 * width)
     # The gap to MFI on the same stream: 1.03 points by the solver.
     assert seen - accepted(jobs, mfi)[0] == pytest.approx(0.0103, abs=0.003)

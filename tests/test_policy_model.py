@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+import tomllib
 from pathlib import Path
 
 import conftest
@@ -13,17 +14,17 @@ import torch
 from test_policy_simulator import history, loaded
 
 import controller
-from policy import evaluate, model, seeds, simulator, train, transitions, workload
+from policy import evaluate, model, rules, seeds, simulator, train, transitions
 from policy.model import Model
 from policy.simulator import Node, simulate
-from rms import geometry, inventory, planner
+from rms import cli, geometry, inventory, planner
 from rms.geometry import Geometry, Placement
 from rms.planner import Asked, Busy, Choice, Demand, Ended, GpuView, View
 from rms.request import Request
 
 A100 = transitions.load("A100-80GB")
 BOARD = A100.geometry
-TABLES = simulator.tables("A100-80GB")
+TABLES = rules.tables("A100-80GB")
 SHIPPED = model.load(BOARD)
 NOW = 1_700_000_000.0
 SEED = seeds.CHECKS[77]
@@ -89,7 +90,7 @@ def test_every_state_and_profile_of_one_gpu() -> None:
     for shares in demands(50):
         recent, estimate = seen_as(shares)
         value = torch_value(estimate)
-        best = simulator.by_value(TABLES, value).best
+        best = rules.by_value(TABLES, value).best
         of_class = model.values(SHIPPED, estimate.tolist())
         assert np.allclose([of_class[c] for c in A100.classes], value, atol=1e-12)
         for s in range(len(A100.states)):
@@ -130,7 +131,7 @@ def test_random_pools_with_random_remaining_times() -> None:
         known = model.times(SHIPPED, View((), recent, None, NOW, ended))
         assert known.rate == pytest.approx(SHIPPED.foresight / 2000.0) and known.guesses == (3 if ended else 1)
         ratios = np.array(known.ratios)
-        rule = simulator.by_value(TABLES, value, known.rate, SHIPPED.reuse, ratios, known.guesses)
+        rule = rules.by_value(TABLES, value, known.rate, SHIPPED.reuse, ratios, known.guesses)
         where = simulator.decide(TABLES, node, rule, w, profile, np.inf if end is None else end, NOW, no_jobs)
         choice = decided(view(states, ends, recent, ended, began), A100.profiles[profile], end)
         found = -1
@@ -297,18 +298,39 @@ def test_it_is_light() -> None:
 # Training.
 
 
+TRAINING = """
+model = "A30"
+[anchors]
+mixes = { 2 = 6, 1 = 2 }
+loads = [0.6, 1.0]
+[net]
+hidden = 8
+rank = 4
+[training]
+steps = 150
+chains = 64
+batch = { 2 = 5, 1 = 1 }
+temperature = [0.05, 0.02]
+rate = 0.01
+[playing]
+steps = 20
+pairs = 2
+jobs = 1000
+gpus = [4]
+loads = [0.7, 0.8]
+limits = ["exact", "1to3"]
+noise = 0.2
+rate = 0.01
+averaged = 5
+kept = 0.6
+[rule]
+foresight = 0.5
+reuse = 0.0
+"""
+
+
 def test_training_learns_and_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
-    config = {
-        "model": "A30",
-        "anchors": {"mixes": {"2": 6}, "loads": [0.6, 1.0]},
-        "net": {"hidden": 8, "rank": 4},
-        "training": {"steps": 150, "chains": 64, "batch": 6, "temperature": [0.05, 0.02], "rate": 0.01},
-        "playing": {
-            **{"steps": 20, "pairs": 2, "jobs": 1000, "gpus": [4], "loads": [0.7, 0.8], "limits": ["exact", "1to3"]},
-            **{"noise": 0.2, "rate": 0.01, "averaged": 5, "kept": 0.6},
-        },
-        "rule": {"foresight": 0.5, "reuse": 0.0},
-    }
+    config = tomllib.loads(TRAINING)
     moves = transitions.load("A30")
     train.imitate({**config, "training": {**config["training"], "steps": 2}}, 0, tmp_path)
     made = train.train(config, 0, tmp_path)
@@ -316,12 +338,33 @@ def test_training_learns_and_goes_on_where_it_was_cut_off(tmp_path: Path) -> Non
     assert '"step": 2,' in curve and '"step": 150,' in curve
     assert '"step": 20,' in (tmp_path / "playing.json").read_text()
     assert all("<polyline" in (tmp_path / f"{name}.svg").read_text() for name in ("curve", "playing"))
-    shares = workload.mix("uniform", moves).tolist()
-    rule = config["rule"]
-    assert isinstance(rule, dict)
-    data = model.pack(moves, made.numbers(), shares, rule, {})
-    read = model.unpack(data, moves.geometry)
+    (tmp_path / "config.toml").write_text(TRAINING)
+    file = tmp_path / "made.model"
+    told = ["train", "--config", str(tmp_path / "config.toml"), "--out", str(file), "--folder", str(tmp_path)]
+    assert cli.main(told) == 0  # nothing is left to train
+    read = model.unpack(file.read_bytes(), moves.geometry)
+    assert read.manifest["made"]["config"] == config and read.manifest["made"]["seed"] == 0
     for timed in (False, True):
         with torch.no_grad():
-            values = made(torch.tensor(shares), timed).tolist()
-        assert model.values(read, shares, timed) == pytest.approx(values, abs=1e-5)
+            values = made(torch.tensor(read.prior), timed).tolist()
+        assert model.values(read, read.prior, timed) == pytest.approx(values, abs=1e-5)
+
+
+def test_training_from_scratch_only_plays(tmp_path: Path) -> None:
+    config = tomllib.loads(TRAINING.replace("{ 2 = 6, 1 = 2 }", "{}").replace("steps = 20", "steps = 2"))
+    del config["training"]
+    net = train.train(config, 0, tmp_path)
+    assert not (tmp_path / "curve.json").exists() and (tmp_path / "playing.json").exists()
+    assert any((a != b).any() for a, b in zip(net.timed.parameters(), net.layers[-1].parameters(), strict=True))
+
+
+def test_what_training_can_t_do_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = tmp_path / "bad.toml"
+    bad.write_text("model =")
+    where = ["--out", str(tmp_path / "m"), "--folder", str(tmp_path)]
+    assert cli.main(["train", "--config", str(bad), *where]) == 3
+    assert str(bad) in capsys.readouterr().err
+    bad.write_text(TRAINING)
+    if not torch.cuda.is_available():
+        assert cli.main(["train", "--config", str(bad), "--device", "cuda", *where]) == 3
+        assert "torch finds no such device" in capsys.readouterr().err

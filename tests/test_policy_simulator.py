@@ -11,8 +11,9 @@ import conftest
 import numpy as np
 import pytest
 
-from policy import baselines, seeds, simulator, transitions, workload
-from policy.simulator import FIT, GPU_SUMS, NODE_SUMS, Node, Rule, World, by_value, simulate
+from policy import baselines, rules, seeds, simulator, transitions, workload
+from policy.rules import Rule, by_value
+from policy.simulator import FIT, GPU_SUMS, NODE_SUMS, Node, World, simulate
 from policy.transitions import Transitions
 from policy.workload import Jobs, mix, stream
 from rms import geometry, inventory, planner
@@ -22,7 +23,7 @@ from rms.planner import Asked, GpuView, View
 from rms.request import Request
 
 A100 = transitions.load("A100-80GB")
-TABLES = simulator.tables("A100-80GB")
+TABLES = rules.tables("A100-80GB")
 UNIFORM = mix("uniform", A100)
 BUILT_IN = baselines.best_fit_least_blocking(A100, UNIFORM)
 MODELS = ["A100-80GB", "A30", "RTX-PRO-6000", "H200"]
@@ -102,7 +103,7 @@ def test_every_baseline_places_what_fits(name: str, model: str) -> None:
     moves = transitions.load(model)
     shares = mix("bimodal", moves)
     jobs = stream(moves, SEED, 3000, shares, 1.0, 3)
-    replay(simulate(simulator.tabulate(moves), Node(3), baselines.ALL[name](moves, shares), jobs), jobs, moves, Node(3))
+    replay(simulate(rules.tabulate(moves), Node(3), baselines.ALL[name](moves, shares), jobs), jobs, moves, Node(3))
 
 
 def replay(w: World, jobs: Jobs, moves: Transitions, node: Node) -> None:
@@ -204,7 +205,7 @@ def test_the_capability_look_ahead_looks_ahead() -> None:
 
 @pytest.mark.parametrize("model", ["A100-80GB", "A30"])
 def test_room_for_several_is_what_the_planner_says(model: str) -> None:
-    moves, t = transitions.load(model), simulator.tables(model)
+    moves, t = transitions.load(model), rules.tables(model)
     rng = np.random.default_rng(SEED)
     w = simulator.world(t, Node(2), 0)
     yes = 0
@@ -340,6 +341,33 @@ def test_creating_and_destroying_take_time() -> None:
     assert always.created.all() and not always.destroyed.any()
 
 
+def test_what_is_wanted_is_made_ahead() -> None:
+    """A 7g leaves, 1g are expected: seven are made in its place, one after another, unless it was used too lately."""
+    times = np.array([0.0, 1.045, 1.2])
+    jobs = Jobs(times, np.array([5, 0, 0]), np.ones(3), np.ones(3), np.zeros(3, dtype=np.int64))
+    small = by_value(TABLES, np.zeros(len(TABLES.after)), expected=np.eye(6)[0])
+    node = Node(1, lazy=True, prewarm=True, create=0.01, destroy=0.02)
+    w = simulate(TABLES, node, small, jobs)
+    assert w.delay == pytest.approx([0.01, 0.005, 0.0])  # the second waits for what is being made when it comes
+    assert w.created.tolist() == [1, 0, 0] and not w.destroyed.any()
+    assert (w.tally[simulator.AHEAD], w.tally[simulator.USED]) == (7, 2)
+    w = simulate(TABLES, node._replace(spared=10.0), small, jobs)
+    assert w.delay == pytest.approx([0.01, 0.03, 0.01])
+    assert w.tally[simulator.AHEAD] == 5  # beside the two that have left, in the end
+
+
+def test_making_ahead_spares_jobs_the_time() -> None:
+    node = Node(4, depth=300, lazy=True, create=1e-3, destroy=5e-4)
+    jobs = loaded(node, 20_000, 0.6)
+    r = by_value(TABLES, a_value(), reuse=0.1, expected=UNIFORM)
+    without, ahead = (simulate(TABLES, one, r, jobs) for one in (node, node._replace(prewarm=True, spared=np.inf)))
+    assert ahead.created.sum() < 0.97 * without.created.sum() and ahead.delay.mean() < 0.97 * without.delay.mean()
+    assert ahead.created.sum() + ahead.tally[simulator.USED] <= len(jobs.submit)
+    for idle in ahead.idle:
+        there = [p for k, p in enumerate(A100.placements) if idle >> k & 1]
+        assert not any(a.mask & b.mask for a, b in itertools.combinations(there, 2))
+
+
 # The real controller.
 
 
@@ -382,7 +410,7 @@ def test_the_controller_decides_the_same(fast_dir: Path, monkeypatch: pytest.Mon
 
 
 def test_seeds_are_for_one_thing_each() -> None:
-    ranges = [seeds.TRAINING, seeds.TUNING, seeds.TEST, seeds.CHECKS]
+    ranges = [seeds.TRAINING, seeds.TUNING, seeds.CHECKS, seeds.USERS, seeds.LEARNING, seeds.TEST]
     for a, b in itertools.combinations(ranges, 2):
         assert max(a.start, b.start) >= min(a.stop, b.stop)
 
