@@ -22,7 +22,7 @@ from typing import NamedTuple, NoReturn, TypeVar
 
 from rms import config as configuration
 from rms import demand, grant, hardware, inventory, planner
-from rms.audit import Audit, explain, picture
+from rms.audit import Audit, basis, explain, picture
 from rms.config import Config
 from rms.device import Device, DeviceError
 from rms.errors import ClosedRunError, NodeError, NoRoomError, RequestError, RmsError
@@ -34,6 +34,9 @@ from rms.store import Damaged, Store
 
 SKEW_SECONDS = 300
 """How far the clocks of node and slurmctld may be apart: munge takes no more either."""
+BUDGET_SECONDS = 0.2
+"""How long the policy may take to place one request, while the state is locked; then the built-in rule does. The
+shipped model needs half a millisecond for an instance on 8 GPUs, and to make one takes the GPU longer than this."""
 TRIES = 2
 """How often one call tries the hardware of a GPU that fails before it leaves that GPU out."""
 
@@ -215,12 +218,15 @@ class Controller:
             raise NodeError(out_of_order)
         view = view._replace(gpus=tuple(gpu.without_room() if gpu.uuid in faults else gpu for gpu in view.gpus))
         end = now + limit * 60 if limit else None
+        view = view._replace(until=time.monotonic() + BUDGET_SECONDS)
         decisions = None
         if told := demand.load(self.config.state_dir, now):
             geometry = view.gpus[0].geometry
             view = view._replace(pending=told.pending(geometry))
             if kept := _kept(state, view, told, asked):
-                decisions = planner.plan(planner.beside(view, kept, end), asked, end, self._choose)
+                beside = planner.beside(view, kept, end)
+                if decisions := planner.plan(beside, asked, end, self._choose):
+                    view = beside
         # A job that slurmctld has let in before it knew what is to be kept is not sent back for that.
         decisions = decisions or planner.plan(view, asked, end, self._choose)
         if decisions is None:
@@ -231,9 +237,15 @@ class Controller:
             "decision",
             run=run,
             request=str(asked),
+            now=now,
+            end=end,
             gpus=picture(view),
+            basis=basis(decisions),
             instances=explain(decisions, view),
         )
+        for fault in dict.fromkeys(decision.choice.fault for decision in decisions):
+            if fault:
+                self._log(fault)
         return decisions
 
     def _pass(self, ahead: Sequence[Intent], steps: Sequence[Step]) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import inf, isfinite
 from typing import Any, BinaryIO, NamedTuple, cast
 
+from rms import planner
 from rms.errors import RequestError
 from rms.geometry import Geometry, Placement
 from rms.request import parse
@@ -59,10 +60,12 @@ class Asked(NamedTuple):
 
 
 class Stood(NamedTuple):
-    """How many instances were placed, how many by the built-in rule, and why (the most frequent reasons)."""
+    """How many instances were placed, how many by the built-in rule, and why (the most frequent reasons); how many for
+    a demand outside of what the model was trained on."""
 
     instances: int
     built_in: int
+    clamped: int
     reasons: Mapping[str, int]
 
 
@@ -197,17 +200,30 @@ def read(
 
 def stand_ins(path: str) -> Stood:
     """How often the built-in rule decided, by the log at `path`; nothing where there is none."""
-    instances, reasons = 0, Counter[str]()
+    instances, clamped, reasons = 0, 0, Counter[str]()
     try:
         for _, entry in _entries(path, b'"decision"'):
             decided = entry.get("instances") if entry and entry.get("event") == "decision" else None
             for one in decided if isinstance(decided, list) else []:
                 instances += 1
-                if isinstance(one, dict) and one.get("source") == "built-in":
-                    reasons[str(one.get("reason")).rpartition("; ")[0] or "no model was asked"] += 1
+                clamped += bool(entry and isinstance(basis := entry.get("basis"), dict) and basis.get("clamped"))
+                if isinstance(one, dict) and one.get("source") == planner.BUILT_IN:
+                    reasons[str(one.get("fault") or "no model was asked")] += 1
     except OSError:
         pass
-    return Stood(instances, reasons.total(), dict(reasons.most_common(3)))
+    return Stood(instances, reasons.total(), clamped, dict(reasons.most_common(3)))
+
+
+def decision(paths: Sequence[str], job: int, restart: int | None) -> dict[str, Any] | None:
+    """The last decision about a job, or about one run of it; None if there is none. Raises OSError."""
+    found, latest = None, -inf
+    for path in paths:
+        for t, entry in _entries(path, b'"decision"'):
+            run = entry.get("run") if entry and entry.get("event") == "decision" else None
+            mine = isinstance(run, list) and len(run) == 3 and run[1] == job and restart in (None, run[2])
+            if mine and t >= latest:
+                found, latest = entry, t
+    return found
 
 
 def _entries(path: str, needle: bytes = b"") -> Iterator[tuple[float, dict[str, Any] | None]]:

@@ -321,7 +321,8 @@ def train(log: Log, first: int, starts: Sequence[Model], rounds: int, seed: int,
     found = moved(start, middle)
     made = {"by": f"rms learn {rms.__version__}", "from": start.name, "jobs": first, "rounds": rounds, "seed": seed}
     rule = {"foresight": found.foresight, "reuse": found.reuse}
-    return model.pack(moves, found.layers, seen.tolist(), rule, made)
+    wider = [(min(least, s), max(most, s)) for (least, most), s in zip(found.trained, seen.tolist(), strict=True)]
+    return model.pack(moves, found.layers, seen.tolist(), rule, made, wider)
 
 
 def moved(of: Model, x: Floats) -> Model:

@@ -20,6 +20,7 @@ from functools import lru_cache
 from itertools import pairwise
 from math import exp, gcd, isfinite, tanh
 from operator import mul
+from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rms import planner
@@ -80,7 +81,18 @@ class Model(NamedTuple):
     prior: tuple[float, ...]
     foresight: float
     reuse: float
+    trained: tuple[tuple[float, float], ...]
+    """The least and the largest share of each profile in the mixes that it was trained on."""
     manifest: Mapping[str, Any]
+
+
+class Basis(NamedTuple):
+    """What a decision goes by beside the GPUs: the shares of the profiles in the demand, how many instances were asked
+    for here lately, and what is known of times."""
+
+    shares: tuple[float, ...]
+    seen: int
+    times: Times
 
 
 def signature(geometry: Geometry) -> list[list[Any]]:
@@ -98,9 +110,15 @@ def width(geometry: Geometry) -> int:
 
 
 def pack(
-    moves: Transitions, layers: Layers, prior: Sequence[float], rule: Mapping[str, float], made: Mapping[str, Any]
+    moves: Transitions,
+    layers: Layers,
+    prior: Sequence[float],
+    rule: Mapping[str, float],
+    made: Mapping[str, Any],
+    trained: Sequence[Sequence[float]] | None = None,
 ) -> bytes:
-    """The bytes of a model file. `rule` has foresight and reuse, `made` is for people: how it came to be."""
+    """The bytes of a model file. `rule` has foresight and reuse, `made` is for people: how it came to be. `trained` is
+    as in `Model`; None where it was trained on whatever there is."""
     weights = array("f", [w for rows, biases in layers for row in (*rows, biases) for w in row])
     held = [sum(1 << moves.placements.index(p) for p in state) for state in moves.states]
     arrays = (array("I", held), array("B", moves.classes), weights)
@@ -113,6 +131,7 @@ def pack(
         "states": len(held),
         "shape": [len(layers[0][0][0]), *(len(biases) for _, biases in layers)],
         "prior": list(prior),
+        "trained": [list(pair) for pair in trained or [(0.0, 1.0)] * len(prior)],
         **rule,
         "made": made,
     }
@@ -150,11 +169,16 @@ def unpack(data: bytes, geometry: Geometry) -> Model:
         plain = [p for p in geometry.profiles if p.plain]
         prior = tuple(map(float, manifest["prior"]))
         foresight, reuse = float(manifest["foresight"]), float(manifest["reuse"])
+        trained = tuple(
+            (float(least), float(most)) for least, most in manifest.get("trained", [(0.0, 1.0)] * len(plain))
+        )
         whole = at == len(weights) and len(held) == len(classes) == states and 2 * (max(classes) + 1) == shape[-1]
-        if not whole or len(prior) != len(plain) or shape[0] != len(plain):
+        if not whole or not len(prior) == len(trained) == len(plain) == shape[0]:
             raise ModelError("is damaged")
         if not all(map(isfinite, (*weights, *prior, foresight, reuse))):
             raise ModelError("has weights that are no numbers")
+        if not all(least <= share <= most for share, (least, most) in zip(prior, trained, strict=True)):
+            raise ModelError("has a prior that it was not trained on")
     except ModelError:
         raise
     except (ValueError, KeyError, TypeError, IndexError, OverflowError, struct.error) as error:
@@ -172,6 +196,7 @@ def unpack(data: bytes, geometry: Geometry) -> Model:
         prior,
         foresight,
         reuse,
+        trained,
         manifest,
     )
 
@@ -204,18 +229,29 @@ def in_use(geometry: Geometry, site: str = "", shipped: str = WEIGHTS) -> tuple[
     try:
         return load(geometry, site), ""
     except ModelError as error:
-        return load(geometry, shipped), f"{error}; the shipped model stands in: "
+        return load(geometry, shipped), f"{error}; the shipped model stands in"
 
 
 def values(model: Model, shares: Sequence[float], timed: bool = False) -> list[float]:
     """The value of each class for a demand, at a moment or for integrating over time; the empty GPU's is 0."""
-    x: Sequence[float] = shares
+    x: Sequence[float] = clamped(model, shares)
     for rows, biases in model.layers[:-1]:
         x = [tanh(sum(map(mul, row, x)) + bias) for row, bias in zip(rows, biases, strict=True)]
     rows, biases = model.layers[-1]
     half = slice(len(rows) // 2, None) if timed else slice(len(rows) // 2)
     out = [sum(map(mul, row, x)) + bias for row, bias in zip(rows[half], biases[half], strict=True)]
     return [value - out[0] for value in out]
+
+
+def clamped(model: Model, shares: Sequence[float]) -> Sequence[float]:
+    """The shares, if the model was trained on the like of them; else as far towards the prior as is needed for that."""
+    back = 0.0
+    for share, usual, (least, most) in zip(shares, model.prior, model.trained, strict=True):
+        if not least <= share <= most:
+            back = max(back, (share - (most if share > most else least)) / (share - usual))
+    return (
+        [share + back * (usual - share) for share, usual in zip(shares, model.prior, strict=True)] if back else shares
+    )
 
 
 def estimate(model: Model, view: View, geometry: Geometry) -> list[float]:
@@ -247,7 +283,6 @@ def times(model: Model, view: View) -> Times:
     Where most jobs have no limit, or all the same one (a partition's default), limits say nothing.
     """
     limits = [d.limit or 0.0 for d in view.recent]
-    limits = limits or [b.end - b.start for gpu in view.gpus for b in gpu.busy if b.end is not None]
     if not limits:
         return Times()
     usual = sorted(limits)[len(limits) // 2]  # what more than half have in common is their median
@@ -256,7 +291,7 @@ def times(model: Model, view: View) -> Times:
         return Times()
     if len(view.ended) >= TELLING:
         mean = sum(e.ran for e in view.ended) / len(view.ended)
-        return Times(model.foresight / mean, sorted(min(e.ran / e.limit, 1.0) for e in view.ended))
+        return Times(model.foresight / mean, sorted(round(min(e.ran / e.limit, 1.0), 3) for e in view.ended))
     known = [limit for limit in limits if limit > 0.0]
     return Times(model.foresight * len(known) / sum(known))
 
@@ -265,31 +300,58 @@ def choose(view: View, asked: Asked, candidates: Sequence[Candidate], site: str 
     """`rms.planner.Choose`: where the value of the GPUs, over the known remaining times, grows most.
 
     Ties by GPU, then start. The model is that of the folder `site`, else the shipped one; where there is none for the
-    boards, the built-in rule decides. The reason says so.
+    boards, or no answer by `view.until`, the built-in rule decides. `fault` says so.
     """
     geometry = view.gpus[candidates[0].gpu].geometry
     try:
         model, fault = in_use(geometry, site, shipped)
         if any(signature(view.gpus[c.gpu].geometry) != model.manifest["board"] for c in candidates):
             raise ModelError("GPUs that are not alike: no model compares them")
+        return decide(model, basis(model, view, geometry), view, asked, candidates)._replace(fault=fault)
     except ModelError as error:
-        safe = planner.built_in(view, asked, candidates)
-        return safe._replace(reason=f"{error}; {safe.reason}")
-    shares = estimate(model, view, geometry)
-    known = times(model, view)
-    of_class = values(model, shares, known.rate > 0)
-    scores = score(model, of_class, view, asked, candidates, known)
+        return planner.built_in(view, asked, candidates)._replace(fault=f"{error}; the built-in rule stands in")
+
+
+def basis(model: Model, view: View, geometry: Geometry) -> Basis:
+    """What a node's past, and the queue, say."""
+    seen = sum(count for d in view.recent for _, count in d.request.items)
+    return Basis(tuple(estimate(model, view, geometry)), seen, times(model, view))
+
+
+def written(model: Model, known: Basis) -> dict[str, Any]:
+    """A basis for the audit log, as JSON; `clamped` is what the demand was taken for, where that is something else."""
+    taken = clamped(model, known.shares)
+    return {
+        "demand": dict(zip(model.plain, known.shares, strict=True)),
+        "clamped": None if taken is known.shares else dict(zip(model.plain, taken, strict=True)),
+        "seen": known.seen,
+        "rate": known.times.rate,
+        "ratios": list(known.times.ratios),
+    }
+
+
+def reread(model: Model, logged: Mapping[str, Any]) -> Basis:
+    """The basis that `written` wrote. Raises KeyError, TypeError."""
+    shares = tuple(logged["demand"][name] for name in model.plain)
+    return Basis(shares, logged["seen"], Times(logged["rate"], logged["ratios"]))
+
+
+def decide(model: Model, known: Basis, view: View, asked: Asked, candidates: Sequence[Candidate]) -> Choice:
+    """The model's choice. Raises ModelError where it is not made in time."""
+    of_class = values(model, known.shares, known.times.rate > 0)
+    scores = score(model, of_class, view, asked, candidates, known.times)
     best = min(range(len(candidates)), key=lambda i: (-scores[i], candidates[i].gpu, candidates[i].placement.start))
     chosen = candidates[best]
-    mix = " ".join(f"{name} {share:.2f}" for name, share in zip(model.plain, shares, strict=True))
+    mix = " ".join(f"{name} {share:.2f}" for name, share in zip(model.plain, known.shares, strict=True))
     return Choice(
         chosen,
         tuple(s / 2e6 for s in scores),
-        f"{fault}most value left for the demand {mix}"
-        + (f", jobs of {minutes(model, known)} min" if known.rate else ""),
+        f"most value left for the demand {mix}"
+        + (f", jobs of {minutes(model, known.times)} min" if known.times.rate else ""),
         "learned",
         model.name,
-        layout(model, of_class, shares, view, chosen),
+        layout(model, of_class, known, view.gpus[chosen.gpu], chosen.placement),
+        written(model, known),
     )
 
 
@@ -303,7 +365,7 @@ def score(
     model: Model, of_class: Sequence[float], view: View, asked: Asked, candidates: Sequence[Candidate], known: Times
 ) -> list[int]:
     """Each candidate's gain in value, over time, less what making and destroying instances costs; in half millionths,
-    so that an idle instance to reuse breaks ties."""
+    so that an idle instance to reuse breaks ties. Raises ModelError where that takes longer than the view allows."""
     guesses = range(known.guesses)
     until = []
     for guess in guesses:
@@ -315,6 +377,8 @@ def score(
     paths: dict[int, list[list[tuple[int, float]]]] = {}
     found = []
     for candidate in candidates:
+        if monotonic() > view.until:
+            raise ModelError("the policy took too long")
         gpu = view.gpus[candidate.gpu]
         if candidate.gpu not in paths:
             paths[candidate.gpu] = [foresee(model, gpu, view.now, known, guess) for guess in guesses]
@@ -378,17 +442,18 @@ def foresee(model: Model, gpu: planner.GpuView, now: float, known: Times, guess:
     return [*path, (held, 0.0)]
 
 
-def layout(model: Model, of_class: Sequence[float], shares: Sequence[float], view: View, chosen: Candidate) -> Layout:
-    """What the policy has in mind for the GPU: the free slices filled with the profiles that are expected, by memory
-    slices and the fewer of them are planned already, each where it costs least value. What is placed now is a request
+def layout(
+    model: Model, of_class: Sequence[float], known: Basis, gpu: planner.GpuView, new: Placement | None = None
+) -> Layout:
+    """What the policy has in mind for a GPU: the free slices filled with the profiles that are expected, by memory
+    slices and the fewer of them are planned already, each where it costs least value. `new` is placed now: a request
     that was seen too."""
-    gpu = view.gpus[chosen.gpu]
-    wanted = [*gpu.taken, chosen.placement]
+    wanted = [*gpu.taken, *((new,) if new else ())]
     held = sum(number(model, gpu.geometry, p) for p in wanted)
-    here = [0] * len(shares)
-    again = model.plain.index(plain_names(gpu.geometry)[chosen.placement.profile])
-    seen = PRIOR + sum(count for d in view.recent for _, count in d.request.items)
-    shares = [share + (p == again) / seen for p, share in enumerate(shares)]
+    here = [0] * len(known.shares)
+    shares = list(known.shares)
+    if new:
+        shares[model.plain.index(plain_names(gpu.geometry)[new.profile])] += 1 / (PRIOR + known.seen)
     while True:
         open_to = [p for p, places in enumerate(model.of_profile) if any(free(model, held, k) for k in places)]
         if not open_to:

@@ -257,8 +257,10 @@ def describe(told: Mapping[str, Any]) -> str:
         f"{told['name']}: model {told['model']}, {'in use' if told['in_use'] else 'not in use'}",
         f"board of {told['manifest']['board'][0][0]} memory slices, net {told['manifest']['shape']}",
         *(f"{key}: {json.dumps(value)}" for key, value in made.items()),
-        f"demand as this node sees it: {' '.join(f'{name} {x:.2f}' for name, x in told['demand'].items())} ({seen})",
-        f"instances placed, by the audit log: {stood['instances']}, {stood['built_in']} of them by the built-in rule",
+        f"demand as this node sees it: {_shares(told['demand'])} ({seen})",
+        *([f"  outside of what it was trained on: taken for {_shares(told['clamped'])}"] if told["clamped"] else []),
+        f"instances placed, by the audit log: {stood['instances']}, {stood['built_in']} of them by the built-in rule,"
+        f" {stood['clamped']} for a demand outside of what was trained on",
         *(f"  {count}: {reason}" for reason, count in stood["reasons"].items()),
     ]
     for used in told["used"]:
@@ -266,6 +268,10 @@ def describe(told: Mapping[str, Any]) -> str:
         expected = "" if used["expected"] is None else f", mean wait {used['expected']:+.1f} % in the replay"
         lines.append(f"since {since}: {used['name']} ({used['model']}), by rms {used['by']}{expected}")
     return "\n".join([*lines, f"rollback leads to {told['rollback']}"] if told["used"] else lines)
+
+
+def _shares(shares: Mapping[str, float]) -> str:
+    return " ".join(f"{name} {share:.2f}" for name, share in shares.items())
 
 
 def _read(path: str) -> bytes:

@@ -401,7 +401,15 @@ def run(config_path: str, seed: int, out: str, folder: str, device: str = "cpu",
     net = train(config, seed, Path(folder), device, progress)
     moves = transitions.load(config["model"])
     prior = workload.mix("uniform", moves)
-    Path(out).write_bytes(model.pack(moves, net.numbers(), prior.tolist(), config["rule"], made))
+    data = model.pack(moves, net.numbers(), prior.tolist(), config["rule"], made, trained(config, moves, seed))
+    Path(out).write_bytes(data)
+
+
+def trained(config: dict[str, Any], moves: Transitions, seed: int) -> list[list[float]]:
+    """The least and the largest share of each profile in all mixes that were trained on."""
+    games = (draw(config["playing"], moves, i, dice(seed, i)) for i in range(config["playing"]["steps"]))
+    mixes = np.array([*(shares for _, shares, _ in demands(config, moves, seed)), *(game.shares for game in games)])
+    return [[float(x.min().round(6)), float(x.max().round(6))] for x in mixes.T]
 
 
 def commit() -> str:

@@ -9,7 +9,7 @@ import errno
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rms.planner import Decision, View
@@ -40,11 +40,12 @@ class Audit:
             self.fault = f"cannot write the audit log {self._path}: {error.strerror}"
 
 
-def picture(view: View) -> dict[str, dict[str, list[str]]]:
+def picture(view: View) -> dict[str, dict[str, Any]]:
     """The GPUs as the log shows them."""
     return {
         gpu.uuid: {
-            "busy": [str(b.placement) for b in gpu.busy],
+            "model": gpu.geometry.model,
+            "busy": [[str(b.placement), b.start, b.end] for b in gpu.busy],
             "idle": [str(p) for p in gpu.idle],
             "blocked": [str(p) for p in gpu.blocked],
         }
@@ -52,7 +53,12 @@ def picture(view: View) -> dict[str, dict[str, list[str]]]:
     }
 
 
-def explain(decisions: Iterable[Decision], view: View) -> list[dict[str, object]]:
+def basis(decisions: Sequence[Decision]) -> Mapping[str, Any] | None:
+    """What the policy went by beside the GPUs; None where the built-in rule decided alone."""
+    return next((d.choice.basis for d in decisions if d.choice.basis is not None), None)
+
+
+def explain(decisions: Sequence[Decision], view: View) -> list[dict[str, Any]]:
     """The instances of a plan as the log shows them: what could have been chosen, what was, and why."""
     return [
         {
@@ -62,11 +68,13 @@ def explain(decisions: Iterable[Decision], view: View) -> list[dict[str, object]
             "reuse": choice.candidate.reuse,
             "destroys": [str(p) for p in choice.candidate.destroys],
             "candidates": [[c.gpu, str(c.placement), score] for c, score in zip(offered, choice.scores, strict=False)],
+            "rule": [rule.gpu, str(rule.placement)],
             "source": choice.source,
             "model": choice.model,
             "reason": choice.reason,
+            "fault": choice.fault,
             "wanted": [str(p) for p in choice.wanted],
             "config": view.gpus[choice.candidate.gpu].geometry.config_id(choice.wanted),
         }
-        for asked, offered, choice in decisions
+        for asked, offered, choice, rule in decisions
     ]

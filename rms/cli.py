@@ -157,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, do, text in (
         ("list", policy_list, about),
         ("show", policy_show, "one model, what this node sees of the demand, how often the built-in rule stood in"),
+        ("explain", policy_explain, "why a job's instances were put where they are, from the audit log"),
         ("use", policy_use, "let a model decide from now on"),
         ("rollback", policy_rollback, "let the model before this one decide again"),
     ):
@@ -164,9 +165,12 @@ def _parser() -> argparse.ArgumentParser:
         part.set_defaults(verb=do)
         if name == "show":
             part.add_argument("name", nargs="?", metavar="NAME", help="default: the one in use")
+        if name == "explain":
+            part.add_argument("job", metavar="JOB", help="its id, or id.restart for one of its runs")
+            part.add_argument("logs", nargs="*", metavar="LOG", help="audit logs (default: this node's)")
         if name == "use":
             part.add_argument("name", metavar="NAME|FILE", help="a name of the list, or a model file to add to it")
-        if name in ("list", "show"):
+        if name in ("list", "show", "explain"):
             part.add_argument("--json", action="store_true", help="everything, as one JSON object")
         _node_options(part)
 
@@ -227,8 +231,7 @@ def show(options: argparse.Namespace) -> int:
 
     settings = _settings(options)
     seen = look(settings)
-    known = next(iter(seen.state.geometries.values()), None) if seen.state else None
-    found = report(seen, options.node, _policy(settings, known))
+    found = report(seen, options.node, _policy(settings, list(seen.state.geometries.values())))
     if options.json:
         print(json.dumps(found, indent=2))
     else:
@@ -504,7 +507,7 @@ def policy_show(options: argparse.Namespace) -> int:
     except model.ModelError as error:
         raise RequestError(f"{name} {error}; rms policy list has the others") from None
     view = _seen(settings, shelf.geometry, time.time())
-    times = model.times(found, view)
+    known = model.basis(found, view, shelf.geometry)
     stood = audits.stand_ins(settings.audit_log)
     told = {
         "schema": 1,
@@ -516,11 +519,44 @@ def policy_show(options: argparse.Namespace) -> int:
         "manifest": dict(found.manifest),
         "requests_seen": len(view.recent),
         "requests_waiting": None if view.pending is None else len(view.pending),
-        "demand": dict(zip(found.plain, model.estimate(found, view, shelf.geometry), strict=True)),
-        "jobs_minutes": model.minutes(found, times) if times.rate else None,
+        **model.written(found, known),
+        "jobs_minutes": model.minutes(found, known.times) if known.times.rate else None,
         "decisions": stood._asdict(),
     }
     print(json.dumps(told, indent=2) if options.json else shelves.describe(told))
+    return 0
+
+
+def policy_explain(options: argparse.Namespace) -> int:
+    """The last decision about a job, made again from its line in the log to show that it follows from that."""
+    import json
+
+    from policy import audits
+    from policy import explain as explaining
+    from rms import audit, geometry
+
+    settings = _settings(options)
+    job, _, restart = options.job.partition(".")
+    if not (job.isdecimal() and (restart or "0").isdecimal()):
+        raise RequestError(f"{printable(options.job)} is no job; write 4711, or 4711.1 for its second run")
+    entry = audits.decision(options.logs or [settings.audit_log], int(job), int(restart) if restart else None)
+    if entry is None:
+        raise RequestError(f"the audit log has no decision about job {options.job}; name older logs, if there are")
+    boards = {name: geometry.load(name) for name in geometry.models()} | _state(settings).geometries
+    try:
+        hashes = {one["model"] for one in entry["instances"]} - {None}
+        models = [known.model for known in _shelf(settings).list() if known.model and known.model.name in hashes]
+        view = explaining.seen(entry, boards)
+        if hashes and not models:
+            same, checked = None, f"model {', '.join(sorted(hashes))} is not here, so it was not made again"
+        else:
+            decisions = explaining.again(entry, view, models[0] if models else None)
+            same = json.loads(json.dumps(audit.explain(decisions or [], view))) == entry["instances"]
+            checked = "made again from this line: " + ("the same" if same else "NOT the same")
+        text = explaining.describe(entry, checked)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise RequestError(f"the line about job {options.job} is damaged, or another RMS's ({error!r})") from None
+    print(json.dumps({"schema": 1, "same": same, "line": entry}, indent=2) if options.json else text)
     return 0
 
 
@@ -633,17 +669,17 @@ def _seen(settings: config.Config, board: Geometry, now: float) -> View:
     return view._replace(pending=told.pending(board)) if told else view
 
 
-def _policy(settings: config.Config, known: Geometry | None) -> dict[str, str | None]:
-    """What decides on this node. Only an answer tells, since a policy that fails is replaced: ask with an empty GPU."""
+def _policy(settings: config.Config, known: Sequence[Geometry]) -> dict[str, str | None]:
+    """What decides on this node. Only an answer tells, since a policy that fails is replaced: ask with empty GPUs."""
     import controller
     from rms import geometry, planner
     from rms.request import Request
 
-    known = known or geometry.load(geometry.models()[0])
-    view = planner.View((planner.GpuView("", known),), (), None, 0.0)
-    request = Request(((known.profiles[0].name, 1),))
+    known = known or [geometry.load(geometry.models()[0])]
+    view = planner.View(tuple(planner.GpuView("", one) for one in known), (), None, 0.0)
+    request = Request(((known[0].profiles[0].name, 1),))
     choice = (planner.plan(view, request, None, controller.chooser(settings)) or [])[0].choice
-    return {"source": choice.source, "model": choice.model, "reason": choice.reason}
+    return {"source": choice.source, "model": choice.model, "reason": choice.reason, "fault": choice.fault}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,10 +8,11 @@ chooses where, never whether.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from math import inf
 from operator import add, mul
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rms.geometry import Counts, Geometry, Layout, Placement, undominated
 from rms.request import Request
@@ -64,13 +65,14 @@ class Ended(NamedTuple):
 
 class View(NamedTuple):
     """All that a policy may use. `pending` is None where the queue is not known; `ended` are the last jobs that had a
-    time limit and are over."""
+    time limit and are over. `now` is an epoch; the answer must be there by `until` (time.monotonic)."""
 
     gpus: tuple[GpuView, ...]
     recent: tuple[Demand, ...]
     pending: tuple[Demand, ...] | None
     now: float
     ended: tuple[Ended, ...] = ()
+    until: float = inf
 
 
 class Kept(NamedTuple):
@@ -99,7 +101,9 @@ class Candidate(NamedTuple):
 
 class Choice(NamedTuple):
     """What a policy decided. `scores`, one per candidate, higher is better; `source` names the rule or model, `model`
-    is the hash of its weights if it has any; `wanted` is the layout that it has in mind for that GPU."""
+    is the hash of its weights if it has any; `wanted` is the layout that it has in mind for that GPU. `basis` is what
+    it went by beside the GPUs, the same for each instance of a request: for the audit log, from which the decision can
+    be made again. `fault` says why not the policy decided that should have, where that is so."""
 
     candidate: Candidate
     scores: tuple[float, ...]
@@ -107,17 +111,23 @@ class Choice(NamedTuple):
     source: str
     model: str | None
     wanted: Layout
+    basis: Mapping[str, Any] | None = None
+    fault: str = ""
 
+
+BUILT_IN = "built-in"
+"""The source of what the rule here has decided."""
 
 Choose = Callable[[View, Asked, Sequence[Candidate]], Choice]
 
 
 class Decision(NamedTuple):
-    """One instance of a plan: what was asked, what could have been chosen, what was."""
+    """One instance of a plan: what was asked, what could have been chosen, what was, what the built-in rule would."""
 
     asked: Asked
     candidates: tuple[Candidate, ...]
     choice: Choice
+    rule: Candidate
 
 
 def built_in(view: View, asked: Asked, candidates: Sequence[Candidate]) -> Choice:
@@ -144,7 +154,7 @@ def built_in(view: View, asked: Asked, candidates: Sequence[Candidate]) -> Choic
     best = min(range(len(candidates)), key=lambda i: (-scores[i], candidates[i].gpu, candidates[i].placement.start))
     chosen = candidates[best]
     wanted = fill(view.gpus[chosen.gpu], chosen.placement)
-    return Choice(chosen, tuple(scores), "best-fit GPU, least-blocking slot", "built-in", None, wanted)
+    return Choice(chosen, tuple(scores), "best-fit GPU, least-blocking slot", BUILT_IN, None, wanted)
 
 
 def fill(gpu: GpuView, new: Placement) -> Layout:
@@ -318,11 +328,11 @@ def plan(view: View, request: Request, end: float | None, choose: Choose = built
     """A decision for each instance, in the order of `request.profiles`; None if the request does not fit now.
 
     `end` is when the job is expected to end (epoch, None if unknown). Instances are placed largest first. A policy that
-    fails or answers with something that was not offered is replaced by the built-in rule, which its `reason` then says.
+    fails or answers with something that was not offered is replaced by the built-in rule, which its `fault` then says.
     """
     if not fits(view, request):
         return None
-    order = sorted(range(len(request.profiles)), key=lambda i: _size(view, request.profiles[i]), reverse=True)
+    order = turns(view, request)
     decisions: list[Decision | None] = [None] * len(order)
     left = dict(request.items)
     for position in order:
@@ -331,9 +341,16 @@ def plan(view: View, request: Request, end: float | None, choose: Choose = built
         rest = Request(tuple((name, count) for name, count in left.items() if count))
         offered = tuple(_leaving_room(view, candidates(view, profile), rest, end))
         choice = _checked(view, Asked(profile, end), offered, choose)
-        decisions[position] = Decision(Asked(profile, end), offered, choice)
+        own = choice.source == BUILT_IN
+        rule = choice.candidate if own else built_in(view, Asked(profile, end), offered).candidate
+        decisions[position] = Decision(Asked(profile, end), offered, choice, rule)
         view = after(view, choice.candidate, end)
     return [decision for decision in decisions if decision is not None]
+
+
+def turns(view: View, request: Request) -> list[int]:
+    """The order in which the instances of a request are placed, by their places in `request.profiles`."""
+    return sorted(range(len(request.profiles)), key=lambda i: _size(view, request.profiles[i]), reverse=True)
 
 
 def _leaving_room(view: View, found: list[Candidate], rest: Request, end: float | None) -> list[Candidate]:
@@ -363,7 +380,7 @@ def _checked(view: View, asked: Asked, offered: Sequence[Candidate], choose: Cho
     except Exception as error:  # whatever a policy does wrong, the job still gets its instance
         fault = f"policy failed: {type(error).__name__}: {error}"
     safe = built_in(view, asked, offered)
-    return safe._replace(reason=f"{fault}; {safe.reason}")
+    return safe._replace(fault=f"{fault}; the built-in rule stands in")
 
 
 def after(view: View, candidate: Candidate, end: float | None) -> View:

@@ -185,10 +185,8 @@ def draw(found: Mapping[str, Any], width: int = 80, paint: Paint = plain) -> str
     lines = [paint(f"{printable(found['node'])}: {counted}policy: {printable(policy['source'])}", "heading")]
     if found["state"]["note"]:
         lines += _warning(found["state"]["note"], width, paint)
-    if str(policy["reason"]).startswith("policy failed"):
-        lines += _warning(f"the {policy['source']} rule stands in: {policy['reason']}", width, paint)
-    elif " stands in: " in str(policy["reason"]):  # for a model of the site's own that is damaged
-        lines += _warning(str(policy["reason"]).partition(" stands in: ")[0] + " stands in", width, paint)
+    if policy["fault"]:
+        lines += _warning(policy["fault"], width, paint)
     for intent in found["intents"]:
         if not intent["alive"]:
             text = f"{intent['kind']} of job {intent['job']}.{intent['restart']} was cut off: its process"

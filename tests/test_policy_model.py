@@ -237,8 +237,9 @@ def stands_in(folder: Path, board: Geometry = BOARD) -> str:
         choice = model.choose(seen, asked, offered, shipped=str(folder))
     finally:
         model.load.cache_clear()
-    assert choice._replace(reason="") == planner.built_in(seen, asked, offered)._replace(reason="")
-    return choice.reason
+    assert choice._replace(fault="") == planner.built_in(seen, asked, offered)
+    assert choice.fault.endswith("; the built-in rule stands in")
+    return choice.fault
 
 
 def test_without_a_file_the_built_in_rule_stands_in(tmp_path: Path) -> None:

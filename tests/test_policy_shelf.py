@@ -154,21 +154,25 @@ def test_a_damaged_model_costs_nobody_a_job(node: Node, rms: Any, tmp_path: Path
         path.mkdir()
     found = decided(node, 1)
     assert found["source"] == "learned" and found["model"] == model.load(A100.geometry).name
-    assert "the shipped model stands in" in found["reason"] and "slots8.model" in found["reason"]
+    assert found["fault"].endswith("; the shipped model stands in") and "slots8.model" in found["fault"]
+    assert found["fault"] in node.log, "syslog has it too"
     assert "the shipped model stands in" in " ".join(rms("show")[1].split())
     listed = json.loads(rms("policy", "list", "--json")[1])["models"]
     assert [bool(m["fault"]) for m in listed if m["in_use"]] == [True]
     assert rms("policy", "show")[0] == 3
     assert rms("policy", "rollback")[0] == 0
-    assert "stands in" not in decided(node, 2)["reason"]
+    assert decided(node, 2)["fault"] == ""
 
 
 def test_without_any_model_the_built_in_rule_is_counted(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     assert decided(node, 1)["source"] == "learned"
     monkeypatch.setattr(model, "MAGIC", b"of another version")
     assert decided(node, 2)["source"] == "built-in"
-    assert audits.stand_ins(node.config.audit_log) == (2, 1, {f"{SHIPPED} is no model of this version": 1})
-    assert audits.stand_ins(node.config.audit_log + "x") == (0, 0, {})
+    assert audits.stand_ins(node.config.audit_log) == (
+        *(2, 1, 0),
+        {f"{SHIPPED} is no model of this version; the built-in rule stands in": 1},
+    )
+    assert audits.stand_ins(node.config.audit_log + "x") == (0, 0, 0, {})
 
 
 def test_a_hook_reads_one_file_and_lists_no_directory(

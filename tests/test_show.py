@@ -29,7 +29,7 @@ from rms.show import Seen, coloured, draw, plain, report
 from rms.store import Store
 
 NOW = 1_790_000_000.0
-POLICY: dict[str, str | None] = {"source": "built-in", "model": None, "reason": "best fit"}
+POLICY: dict[str, str | None] = {"source": "built-in", "model": None, "reason": "best fit", "fault": ""}
 USERS = {1001: "alice", 1002: "bob", 1003: "a-user-with-a-very-long-name"}
 GONE = Owner(2**22 + 1, 1)
 
@@ -211,9 +211,9 @@ JOB USER REQUEST   GPU PLACEMENT   MIG          HELD   ENDS IN
 
 
 def test_a_policy_that_fails_is_told() -> None:
-    broken = {**POLICY, "reason": "policy failed: ValueError: bad weights; best-fit GPU"}
+    broken = {**POLICY, "fault": "policy failed: ValueError: bad weights; the built-in rule stands in"}
     text = draw(report(Seen(state(gpu(1)), "", "current", "", 0), "n", broken, NOW, USERS.get))
-    assert text.splitlines()[1] == "! the built-in rule stands in: policy failed: ValueError: bad weights; best-fit"
+    assert text.splitlines()[1] == "! policy failed: ValueError: bad weights; the built-in rule stands in"
 
 
 def test_an_allocation_whose_instances_vanished() -> None:
