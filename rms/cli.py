@@ -104,13 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.set_defaults(verb=watch)
     _slurm_option(verb)
-    verb.add_argument(
-        "--gpus",
-        type=int,
-        default=4,
-        metavar="K",
-        help="keep room on so many GPUs at most, in all (default: %(default)s)",
-    )
+    _config_option(verb)
     verb.add_argument(
         "--seconds", type=float, default=2.0, metavar="S", help="between two looks at the queue (default: %(default)s)"
     )
@@ -214,13 +208,17 @@ def _slurm_option(verb: argparse.ArgumentParser) -> None:
 
 def _node_options(verb: argparse.ArgumentParser) -> None:
     """Which node a verb is about, and its configuration."""
+    _config_option(verb)
+    verb.add_argument("--node", metavar="NAME", default=config.node_name(), help="the node's name in Slurm")
+
+
+def _config_option(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--config",
         metavar="PATH",
         default=os.environ.get("RMS_CONFIG", config.DEFAULT_PATH),
         help=f"configuration file (default: $RMS_CONFIG or {config.DEFAULT_PATH}); %%n in it is the node's name",
     )
-    verb.add_argument("--node", metavar="NAME", default=config.node_name(), help="the node's name in Slurm")
 
 
 def show(options: argparse.Namespace) -> int:
@@ -390,9 +388,8 @@ def watch(options: argparse.Namespace) -> int:
     """Watch the queue, until ended. Nobody waits for it: what it has told the nodes expires."""
     from slurm import watch as service
 
-    service.run(
-        options.slurm_conf, options.gpus, options.seconds, lambda text: print(text, file=sys.stderr, flush=True)
-    )
+    most = config.load(options.config, config.node_name()).keep_gpus
+    service.run(options.slurm_conf, most, options.seconds, lambda text: print(text, file=sys.stderr, flush=True))
 
 
 def publish(options: argparse.Namespace) -> int:

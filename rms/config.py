@@ -48,6 +48,8 @@ class Config(NamedTuple):
     """Where the driver's /proc and /dev are; another directory only in tests."""
     admission: str = "sums"
     """What slurmctld is told of what fits: `features` or `extra` of the node, or nothing (`sums` of slices)."""
+    keep_gpus: int = 4
+    """On how many GPUs of the whole cluster `rms watch` keeps room for large jobs at most."""
     boot_id_file: str = "/proc/sys/kernel/random/boot_id"
     """Another file only in tests, to play a reboot."""
 
@@ -72,6 +74,7 @@ _KEYS: dict[str, tuple[type, ...]] = {
     "fence": (bool,),
     "driver_root": (str,),
     "admission": (str,),
+    "keep_gpus": (int,),
     "boot_id_file": (str,),
 }
 _SIMULATED: dict[str, tuple[type, ...]] = {

@@ -36,6 +36,11 @@ AGAIN = 600
 """How long a node is then left out for this job (s): what held it may be over, and no other node may be left."""
 UNKNOWN = 3600
 """When there will be room (s from now) if that hangs on jobs without a time limit."""
+OVERTIME = 60
+"""How long a job is taken to go on (s) that has passed its time limit: slurmctld looks once a minute."""
+LATER = 600
+"""By how much room may come later (s) than the earliest moment that was ever foreseen, before another node is tried.
+Time limits are raised, and what runs without one, or past it, ends a little later each time one looks."""
 FIRST = 64
 """So many large jobs are looked at, in their order."""
 TRIED = 8
@@ -60,6 +65,19 @@ class Keep(NamedTuple):
     request: str
     gpus: int
     free: float
+
+
+class Promise(NamedTuple):
+    """When there should be room (epoch): as the time limits say now, and the earliest moment that was ever foreseen."""
+
+    free: float
+    earliest: float
+
+    def follow(self, free: float, now: float) -> Promise:
+        """The promise after another look, which says that there is room at `free`. If it says that there is room now,
+        the first look that said so counts."""
+        earliest = min(self.earliest, free)
+        return Promise(min(self.free, now) if free <= now else min(free, earliest + LATER), earliest)
 
 
 def decide(
@@ -134,7 +152,7 @@ def room(job: Queued, node: Node, running: Iterable[Queued], now: float) -> Keep
     view = View(tuple(GpuView(str(number), board) for number in range(gpus)), (), None, now)
     for other in sorted(running, key=lambda other: other.start or 0):
         if (theirs := _request(other, board)) is not None:
-            end = _end(other)
+            end = _end(other, now)
             for decision in planner.plan(view, theirs, end) or ():
                 view = planner.after(view, decision.choice.candidate, end)
     if (found := planner.first_room(view, asked)) is None:
@@ -158,7 +176,7 @@ def _sums(job: Queued, node: Node, running: Iterable[Queued], now: float) -> flo
     def memory(request: Request | None) -> int:
         return sum(board.by_name[name].memory for name in request.profiles) if request else 0
 
-    theirs = sorted((_end(other) or now + UNKNOWN, memory(_request(other, board))) for other in running)
+    theirs = sorted((_end(other, now) or now + UNKNOWN, memory(_request(other, board))) for other in running)
     free = gpus * board.slots - sum(slices for _, slices in theirs) - memory(asked)
     moment = now
     for end, slices in theirs:
@@ -169,8 +187,11 @@ def _sums(job: Queued, node: Node, running: Iterable[Queued], now: float) -> flo
     return moment if free >= 0 else float("inf")
 
 
-def _end(job: Queued) -> float | None:
-    return job.start + job.limit * 60.0 if job.start and job.limit else None
+def _end(job: Queued, now: float) -> float | None:
+    if not (job.start and job.limit):
+        return None
+    end = job.start + job.limit * 60.0
+    return end if end > now else now + OVERTIME
 
 
 def _board(node: Node) -> tuple[Geometry | None, int]:
@@ -247,7 +268,7 @@ class Watch:
         self._most = most
         self._log = log
         self._kept: dict[str, Keep] = {}
-        self._promised: dict[tuple[int, str], float] = {}
+        self._promised: dict[tuple[int, str], Promise] = {}
         self._quiet = False
 
     def look(self, now: float) -> None:
@@ -257,15 +278,18 @@ class Watch:
         if not alive and self._quiet:
             return
         nodes = self._ask.nodes()
-        still = {key: free for key, free in self._promised.items() if key[0] in alive}
-        self._promised = {key: free for key, free in still.items() if now <= free + GRACE + AGAIN}
-        overdue = [key for key, free in self._promised.items() if now > free + GRACE]
+        overdue = {
+            key: promise
+            for key, promise in self._promised.items()
+            if key[0] in alive and promise.free + GRACE < now <= promise.free + GRACE + AGAIN
+        }
         kept = decide(jobs, nodes, now, self._most, overdue)
         for comment, names in lines(jobs, nodes, kept, now).items():
             self._commands.comment(names, comment)
         self._tell_of(kept)
-        for name, keep in kept.items():
-            self._promised.setdefault((keep.job, name), keep.free)
+        made = {(keep.job, name): keep.free for name, keep in kept.items()}
+        known = {key: self._promised.get(key, Promise(free, free)) for key, free in made.items()}
+        self._promised = overdue | {key: promise.follow(made[key], now) for key, promise in known.items()}
         self._kept = kept
         self._quiet = all(demand.own_text(node.comment) == node.comment for node in nodes)
 

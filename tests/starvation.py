@@ -35,7 +35,9 @@ def run(root: Path, admission: str, watched: bool, seconds: float, before: int) 
         said: list[str] = []
         if watched:
             rms = str(Path(sys.executable).with_name("rms"))
-            service = slurm.popen(rms, "watch", "--slurm-conf", str(slurm.conf), "--seconds", "1")
+            service = slurm.popen(
+                rms, "watch", "--slurm-conf", str(slurm.conf), "--config", f"{slurm.etc}/rms.toml", "--seconds", "1"
+            )
         submitted: dict[int, tuple[float, int]] = {}
         began = time.monotonic()
         while time.monotonic() - began < seconds:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -252,6 +252,35 @@ def test_a_job_that_does_not_come_loses_its_room() -> None:
     ]
 
 
+def giving_up(runs: Callable[[float], Sequence[Queued]], seconds: int) -> float | None:
+    """When (s from the beginning) a large job's room on the only node is given up; `runs` is what runs at a moment."""
+    slurm = Slurm([], [node("n1")])
+    watching = Watch(slurm, slurm, 4, lambda text: None)  # type: ignore[arg-type]
+    for after in range(0, seconds, 10):
+        slurm.jobs = [*runs(after), job(9)]
+        watching.look(NOW + after)
+        found = demand.read(slurm.there["n1"].comment, NOW + after)
+        if found is None or not found.keep:
+            return after
+    return None
+
+
+def test_the_promise_follows_the_time_limits_but_not_for_ever() -> None:
+    def full(limit: int | None) -> Queued:
+        return job(1, "7g.80gb:2", node="n1", limit=limit)
+
+    grace = watch.GRACE + 10
+    assert giving_up(lambda after: [full(60)] if after < 600 else [], 4000) == 600 + grace, "it ended early"
+    assert giving_up(lambda after: [full(10)], 4000) == 600 + watch.LATER + grace, "it goes on beyond its limit"
+    assert giving_up(lambda after: [full(10)] if after < 900 else [], 4000) == 900 + grace, "for a while"
+    assert giving_up(lambda after: [full(10 if after < 300 else 15)] if after < 900 else [], 4000) == 900 + grace
+    assert giving_up(lambda after: [full(10 if after < 300 else 900)], 4000) == 600 + watch.LATER + grace
+    assert giving_up(lambda after: [full(None)], 9000) == watch.UNKNOWN + watch.LATER + grace
+    # A small job comes and goes: there is room, there is none for an hour, there is room.
+    some = [job(1, "7g.80gb:1", node="n1"), job(2, "1g.10gb:1", node="n1")]
+    assert giving_up(lambda after: some[: 1 + after // 10 % 2], 9000) in (watch.LATER + grace, watch.LATER + grace - 10)
+
+
 def test_a_quiet_cluster_is_asked_for_its_queue_only() -> None:
     slurm = Slurm([job(9, reason="Dependency")], [node("n1", comment=told("7g.80gb:1", 9))])
     watching = Watch(slurm, slurm, 4, print)  # type: ignore[arg-type]
@@ -301,7 +330,8 @@ def test_the_service(slurm: Cluster) -> None:
         return {name: one.keep for name, one in found.items() if one and one.keep}
 
     rms = str(Path(sys.executable).with_name("rms"))
-    service = slurm.popen(rms, "watch", "--slurm-conf", str(slurm.conf), "--seconds", "0.3")
+    config = f"{slurm.etc}/rms.toml"
+    service = slurm.popen(rms, "watch", "--slurm-conf", str(slurm.conf), "--config", config, "--seconds", "0.3")
     lines: list[str] = []
     reader = threading.Thread(target=lambda: lines.extend(service.stderr or ()))
     reader.start()
@@ -325,11 +355,12 @@ def test_the_service(slurm: Cluster) -> None:
 
 
 @pytest.mark.slurm
-def test_without_a_slurmctld_it_waits(slurm_root: Path) -> None:
+def test_without_a_slurmctld_it_waits(slurm_root: Path, tmp_path: Path) -> None:
+    config = tmp_path / "rms.toml"
+    config.write_text("gpus = [0]\nkeep_gpus = 2\n")
     rms = str(Path(sys.executable).with_name("rms"))
-    service = subprocess.Popen(
-        [rms, "watch", "--slurm-conf", "/nonexistent/slurm.conf", "--seconds", "0.1"], stderr=subprocess.PIPE, text=True
-    )
+    words = ["watch", "--config", str(config), "--slurm-conf", "/nonexistent/slurm.conf", "--seconds", "0.1"]
+    service = subprocess.Popen([rms, *words], stderr=subprocess.PIPE, text=True)
     assert service.stderr
     first = service.stderr.readline()
     time.sleep(2)
