@@ -13,13 +13,15 @@ demo: $(VENV)/installed | slurm
 test: $(VENV)/tools | slurm compiler
 	$(BIN)/python -m pytest $(TESTS)
 
-# The way of a job, and asking slurmctld, on the newest Slurm that Debian has: in a chroot of Debian testing, which is
-# made once (some minutes) and kept in the user's cache. Where it can't be made that is said, and no fault.
+# The way of a job, and asking slurmctld, on a newer Slurm: in a chroot of Debian testing, or with SUITE=trixie of Debian
+# 13, which is made once (some minutes) and kept in the user's cache. Where it can't be made that is said, and no fault.
+SUITE ?= testing
+newest: export SUITE := $(SUITE)
 newest:
 	@command -v mmdebstrap >/dev/null || $(MAKE) --no-print-directory packages PACKAGES=mmdebstrap || true
 	@timeout 600 tests/newest.sh build || true
 	@if tests/newest.sh there; then tests/newest.sh run python3 -m pytest -p no:cacheprovider -m slurm $(NEWEST); \
-	else echo "rms: !!!!! NOT TESTED ON THE NEWEST SLURM: its chroot could not be made here (tests/newest.sh build) !!!!!"; fi
+	else echo "rms: !!!!! NOT TESTED ON THE SLURM OF DEBIAN $(SUITE): no chroot could be made here (tests/newest.sh build) !!!!!"; fi
 
 # Everything that can go wrong on a node, at random: at least so many minutes and operations, from this seed on.
 MINUTES ?= 1

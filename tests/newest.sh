@@ -1,5 +1,6 @@
 #!/bin/sh
-# The newest Slurm there is a Debian package of: a chroot of Debian testing, with pyslurm built for it.
+# A newer Slurm than this machine's, as Debian has it: a chroot of Debian testing (Slurm 26.05, with pyslurm built for
+# it), or with SUITE=trixie of Debian 13 (24.11, for which PyPI has no pyslurm).
 #
 #   tests/newest.sh build        make the chroot where it is missing (a minute or two, about 900 MB; root; needs mmdebstrap)
 #   tests/newest.sh there        succeeds if the chroot exists
@@ -9,8 +10,9 @@
 # time, and this clone is read-only there. It is made again when this file has changed.
 set -eu
 here=$(cd "$(dirname "$0")/.." && pwd)
+suite=${SUITE:-testing}
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/rms
-root=$cache/newest-$(sha256sum "$here/tests/newest.sh" | cut -c1-12)
+root=$cache/newest-$suite-$(sha256sum "$here/tests/newest.sh" | cut -c1-12)
 
 # enter ROOT CMD...: in namespaces of its own, so that mounts and processes end with the command.
 enter() {
@@ -48,10 +50,10 @@ build() {
         --aptopt='Acquire::Check-Valid-Until "false"' --aptopt='APT::Install-Recommends "false"' \
         --setup-hook='mkdir -p "$1/usr/sbin"; printf "#!/bin/sh\nexit 101\n" >"$1/usr/sbin/policy-rc.d"; chmod 755 "$1/usr/sbin/policy-rc.d"' \
         --include=slurm-wlm,slurm-wlm-basic-plugins,slurm-client,munge,libslurm-dev,python3-dev,python3-venv,gcc,libc6-dev,ca-certificates,procps,util-linux,bsdutils \
-        testing "$new"
+        "$suite" "$new"
     mkdir -p "$new/rms" "$new/opt"
     : >"$new/etc/resolv.conf"
-    enter "$new" sh -eu tests/newest.sh inside
+    enter "$new" env SUITE="$suite" sh -eu tests/newest.sh inside
     mv -T "$new" "$root"
     # What earlier versions of this file have made; others may still use it today.
     find "$cache" -mindepth 1 -maxdepth 1 \( -name 'newest-*' -o -name 'making.*' \) ! -path "$root" -mtime +7 -exec rm -rf --one-file-system {} +
@@ -68,6 +70,7 @@ inside() {
     echo /rms >"$site/rms.pth"
     printf '#!/opt/rms/bin/python3\nimport sys\nfrom rms.cli import main\nsys.exit(main())\n' >/opt/rms/bin/rms
     chmod 755 /opt/rms/bin/rms
+    [ "$suite" = testing ] || return 0
     # pyslurm 25.11 says that it is for Slurm 25.11: the copied header says so too. The rest of the flags is what has
     # been renamed since. One day this pair will not fit any more; then there is no pyslurm here, and the tests say so.
     cp -r /usr/include/slurm /tmp/slurm
@@ -93,7 +96,7 @@ run)
     enter "$root" "$@"
     ;;
 *)
-    sed -n '2,10p' "$0"
+    sed -n '2,11p' "$0"
     exit 2
     ;;
 esac

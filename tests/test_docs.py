@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -21,3 +23,26 @@ def test_each_failure_has_a_test_that_exists() -> None:
         named = re.findall(r"`(\w+)`", cells[4])
         assert named, f"no test: {row}"
         assert set(named) <= known, f"no such test: {set(named) - known}"
+
+
+TESTS = {path.name: set(re.findall(r"def (test_\w+)", path.read_text())) for path in (ROOT / "tests").glob("test_*.py")}
+
+
+@pytest.mark.parametrize(("document", "least"), [("slurm.md", 30), ("security.md", 20), ("design.md", 2)])
+def test_the_tests_in_brackets_exist(document: str, least: int) -> None:
+    """`[test_lua.py; test_slurm.py: no_room, requeue]`: files, and for some of them parts of the names of tests."""
+    text = (ROOT / "docs" / document).read_text()
+    usual = re.search(r"named in brackets\s+are those of tests/(\w+\.py)", text)
+    seen = 0
+    for name in re.findall(r"test_\w+\.py", text):
+        assert name in TESTS, f"no such file: {name}"
+        seen += 1
+    for bracket in re.findall(r"\[([^][]+)\](?!\()", text):
+        file = usual[1] if usual else ""
+        for word in re.findall(r"(?<![\w./-])[a-z]+_\w+(?:\.py)?", bracket):
+            if word.endswith(".py"):
+                file = word
+            else:
+                assert any(word in name for name in TESTS[file]), f"no test of {file} has {word} in its name: {bracket}"
+                seen += 1
+    assert seen >= least

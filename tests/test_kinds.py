@@ -88,9 +88,20 @@ def test_a_suspended_job_keeps_its_instances(slurm: RmsCluster) -> None:
 
 
 def test_each_task_has_an_instance(slurm: RmsCluster) -> None:
-    done = slurm.run("srun", "-n4", "--gres=mig:1g.10gb:4", "sh", "-c", SHOW, user=slurm.users[0], timeout=90)
+    user = slurm.users[0]
+    short = slurm.run("srun", "-n4", "--gres=mig:1g:4", "true", user=user, check=False)  # srun's step would find no 1g
+    assert short.returncode and "srun needs the full form, --gres=mig:1g.10gb:4" in short.stderr
+    done = slurm.run("srun", "-n4", "--gres=mig:1g.10gb:4", "sh", "-c", SHOW, user=user, timeout=90)
     seen = dict(line.split() for line in done.stdout.splitlines())
     assert len(seen) == 4 and len(set(seen.values())) == 4 and all("," not in uuid for uuid in seen.values())
+
+
+@pytest.mark.parametrize("command", [("sbatch", "--wrap=true"), ("salloc", "true"), ("srun", "true")])
+def test_a_job_on_several_nodes_is_refused_at_submit(slurm: RmsCluster, command: tuple[str, str]) -> None:
+    program, more = command
+    done = slurm.run(program, "-N2", "--gres=mig:1g.10gb:1", more, user=slurm.users[0], check=False)
+    assert done.returncode and "a job with mig runs on one node" in done.stderr
+    assert not slurm.queue()
 
 
 def test_an_exclusive_job_has_what_it_asked_for_and_nobody_else_is_there(slurm: RmsCluster) -> None:

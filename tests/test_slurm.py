@@ -186,13 +186,22 @@ def test_tasks_share_out_the_instances(slurm: Cluster) -> None:
 
 
 def test_parallel_steps_share_or_split(slurm: Cluster) -> None:
+    # Each step ends only once the other one has begun.
+    meet = f": >$0.$1; while [ ! -e $0.$2 ]; do sleep 0.1; done; {SHOW}"
     script = f"""#!/bin/sh
-    for i in 0 1; do RMS_INSTANCES=$i srun --exact -n1 --gres=mig:1g.10gb:1 sh -c 'sleep 1; {SHOW}' & done; wait
+    step() {{ srun --exact -n1 "$@" & }}
+    RMS_INSTANCES=0 step --gres=mig:1g.10gb:1 sh -c '{meet}' split 0 1
+    RMS_INSTANCES=1 step --gres=mig:1g.10gb:1 sh -c '{meet}' split 1 0
+    wait
+    step --overlap sh -c '{meet}' share 0 1
+    step --overlap sh -c '{meet}' share 1 0
+    wait
     """
     job = slurm.sbatch(script, "--gres=mig:1g:2", "--ntasks=2", user=slurm.users[0])
     slurm.wait_all(120)
-    seen = {line.split()[1] for line in output(slurm, job).splitlines()}
-    assert len(seen) == 2
+    one, other, *shared = [line.split()[1] for line in output(slurm, job).splitlines()]
+    assert one != other and "," not in one
+    assert [set(seen.split(",")) for seen in shared] == [{one, other}] * 2
 
 
 def test_srun_and_salloc(slurm: Cluster) -> None:
@@ -200,8 +209,10 @@ def test_srun_and_salloc(slurm: Cluster) -> None:
     assert done.stdout.split()[1].startswith("MIG-")
     inside = f"{SHOW}; srun --overlap sh -c '{SHOW}'"
     done = slurm.run("salloc", "--gres=mig:2g", "sh", "-c", inside, user=slurm.users[0])
-    # The command of salloc runs where it was typed; a step in it has the instance.
-    assert done.stdout.splitlines()[1].split()[1].startswith("MIG-")
+    # The command of salloc runs where it was typed, as its shell does without the interactive step; a step in it has
+    # the instance.
+    shell, step = (line.split()[1] for line in done.stdout.splitlines())
+    assert shell == "unset" and step.startswith("MIG-")
 
 
 def test_srun_pty(slurm: Cluster) -> None:

@@ -159,7 +159,7 @@ class Cluster:
             if self._temporary:
                 shutil.rmtree(self.root, ignore_errors=True)
 
-    def start_daemon(self, name: str, timeout: float = 20) -> None:
+    def start_daemon(self, name: str, timeout: float = 20, options: Sequence[str] = ()) -> None:
         """Starts `munged`, `slurmctld` or the slurmd of a node as our child, and waits until it answers."""
         argv = {
             "munged": ["munged", "--foreground", "--force", *self._munge_options()],
@@ -168,7 +168,7 @@ class Cluster:
         # pdeathsig: when this process is killed outright, its daemons end too.
         with (self.log / f"{name}.err").open("ab") as err:
             daemon = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "TERM", "--", *argv],
+                ["setpriv", "--pdeathsig", "TERM", "--", *argv, *options],
                 stdin=subprocess.DEVNULL, stdout=err, stderr=err,
                 env=self.environment(), cwd=self.root / "state", umask=0o022, start_new_session=True,
             )  # fmt: skip
