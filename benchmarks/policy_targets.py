@@ -16,7 +16,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -413,9 +413,9 @@ def main(arguments: list[str]) -> None:
     how = How(seeds.CHECKS, True) if "--quick" in options else How(seeds.TUNING if options else seeds.TEST, False)
     chosen = [a for a in arguments if a in PARTS] or list(PARTS)
     with ProcessPoolExecutor(min(len(os.sched_getaffinity(0)), len(chosen))) as pool:
-        found = {part: pool.submit(measure, part, how) for part in chosen}
-        for part, result in found.items():
-            tables, seconds = result.result()
+        found = {pool.submit(measure, part, how): part for part in chosen}
+        for result in as_completed(found):
+            part, (tables, seconds) = found[result], result.result()
             command = " ".join(["python benchmarks/policy_targets.py", part, *options])
             text = f"Model {A100.of.name}, `{command}`.\n{tables}"
             print(f"{text}\n{part}: {seconds:.0f} s of processor time\n", flush=True)

@@ -99,7 +99,7 @@ def latest(times: Floats) -> Floats:
 
 def converged(moves: Transitions, t: Tables, gpus: int, of: Model, shares: Floats, load: float, seed: int) -> Floats:
     """The estimate that a node in loss mode ends at. It has seen the requests that it took and no others."""
-    jobs = stream(moves, seed, 100_000, shares, load, gpus)
+    jobs = stream(moves, seed, 400_000, shares, load, gpus)
     found = shares
     for _ in range(4):
         w = simulate(t, Node(gpus), learned(moves, found, of), jobs)

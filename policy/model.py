@@ -34,7 +34,7 @@ WEIGHTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights")
 MAGIC = b"RMS policy 1\n"
 MOST_BYTES = 1 << 20
 """The largest file that is read; the shipped one has 20 kB."""
-PRIOR = 16.0
+PRIOR = 32.0
 """How many requests the shipped prior counts for in the estimate of the demand."""
 SAME = 1.0
 """Limits that differ by less (seconds) are the same one."""

@@ -226,7 +226,6 @@ def imitate(config: dict[str, Any], seed: int, folder: Path, device: str = "cpu"
     optimiser = torch.optim.Adam(net.parameters(), lr=options["rate"])
     rng = np.random.default_rng(seeds.TRAINING[seed])
     chains = [np.zeros((options["chains"], a.gpus), dtype=np.int64) for a in solved]
-    of_size = {int(gpus): [i for i, a in enumerate(solved) if a.gpus == int(gpus)] for gpus in options["batch"]}
     curve: list[dict[str, float]] = []
     saved = folder / "checkpoint.pt"
     first = 0
@@ -244,7 +243,7 @@ def imitate(config: dict[str, Any], seed: int, folder: Path, device: str = "cpu"
         temperature = hot * (cold / hot) ** done
         for group in optimiser.param_groups:
             group["lr"] = options["rate"] * (1 - done)
-        picked = [i for gpus, count in options["batch"].items() for i in rng.choice(of_size[int(gpus)], count, False)]
+        picked = rng.choice(len(solved), min(options["batch"], len(solved)), replace=False)
         shares = np.array([solved[i].shares for i in picked])
         values = net(torch.tensor(shares, dtype=torch.float32, device=device))
         losses = []

@@ -310,7 +310,7 @@ rank = 4
 [training]
 steps = 150
 chains = 64
-batch = { 2 = 5, 1 = 1 }
+batch = 6
 temperature = [0.05, 0.02]
 rate = 0.01
 [playing]
