@@ -18,14 +18,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from rms import config as configuration
 from rms import demand, grant, hardware, inventory, planner
 from rms.audit import Audit, basis, explain, picture
 from rms.config import Config
 from rms.device import Device, DeviceError
-from rms.errors import ClosedRunError, NodeError, NoRoomError, RequestError, RmsError
+from rms.errors import ClosedRunError, LockTimeoutError, NodeError, NoRoomError, RequestError, RmsError
 from rms.geometry import Placement
 from rms.inventory import Allocation, Claim, Grants, Intent, Outcome, Owner, Run, State, Step, Survey
 from rms.planner import Decision, View
@@ -37,6 +37,8 @@ SKEW_SECONDS = 300
 BUDGET_SECONDS = 0.2
 """How long the policy may take to place one request, while the state is locked; then the built-in rule does. The
 shipped model needs half a millisecond for an instance on 8 GPUs, and to make one takes the GPU longer than this."""
+PAUSE_SECONDS = 0.1
+"""Between two instances that are made ahead of time: who waits for a GPU's lock looks for it more often than that."""
 TRIES = 2
 """How often one call tries the hardware of a GPU that fails before it leaves that GPU out."""
 
@@ -153,7 +155,12 @@ class Controller:
                 if older is None and busy is None:
                     grant.directory(self.config.run_dir)  # a fault of it must show before anything is changed
                     asked = parse(spec, next(iter(state.geometries.values())))
-                    decisions = self._plan(state, run, asked, limit, failures)
+                    decisions, line = self._plan(state, run, asked, limit, failures)
+                    if busy := inventory.prewarming(state, decisions):
+                        busy.yielding = True
+                        self._store.save(state)
+                if older is None and busy is None:
+                    self.audit.write("decision", run=run, request=str(asked), **line)
                     allocation = Allocation(run, uid, str(asked), submit, limit, time.time(), self._boot_id, [])
                     intent = inventory.reserve(state, decisions, allocation, self._owner)
                     state.recent = [*state.recent, (float(submit or time.time()), str(asked), limit)]
@@ -162,7 +169,8 @@ class Controller:
                     ahead = inventory.ahead(state, intent)
                     self._store.save(state)
             if busy is not None:
-                self._wait(f"run {run} is being worked on by process {busy.owner.pid}")
+                what = "a GPU that is being prewarmed" if busy.kind == "prewarm" else f"run {run}"
+                self._wait(f"{what} is being worked on by process {busy.owner.pid}")
             elif older is not None:
                 self._release(older)
             elif granted := self._fulfil(intent, uid, steps if self._pass(ahead, steps) else [], failures):
@@ -204,7 +212,8 @@ class Controller:
 
     def _plan(
         self, state: State, run: Run, asked: Request, limit: int | None, failures: dict[str, list[str]]
-    ) -> list[Decision]:
+    ) -> tuple[list[Decision], dict[str, Any]]:
+        """The decisions for a request, and what the audit log says of them."""
         now = time.time()
         view = inventory.view(state, now)
         left = {gpu.uuid for gpu in state.gpus if gpu.left}
@@ -233,20 +242,11 @@ class Controller:
             grant.refuse(self.config.run_dir, run)
             self.audit.write("refused", run=run, request=str(asked), gpus=picture(view))
             raise NoRoomError(f"no room for {asked} now" + (f" ({out_of_order})" if faults else ""))
-        self.audit.write(
-            "decision",
-            run=run,
-            request=str(asked),
-            now=now,
-            end=end,
-            gpus=picture(view),
-            basis=basis(decisions),
-            instances=explain(decisions, view),
-        )
         for fault in dict.fromkeys(decision.choice.fault for decision in decisions):
             if fault:
                 self._log(fault)
-        return decisions
+        known = {"gpus": picture(view), "basis": basis(decisions), "instances": explain(decisions, view)}
+        return decisions, {"now": now, "end": end, **known}
 
     def _pass(self, ahead: Sequence[Intent], steps: Sequence[Step]) -> bool:
         """Wait until others have removed what is in our way. False if one of them died over it."""
@@ -282,6 +282,7 @@ class Controller:
                 allocation = state.of_run(intent.run)
                 if current is None or allocation is None:
                     return None  # the state was lost and recovered meanwhile, and what we made was adopted
+                prewarmed = sum(instance.prewarmed for _, instance in state.held(allocation))
                 complete = not broken and len(outcomes) == len(steps) > 0 and not any(o.trouble for o in outcomes)
                 inventory.conclude(state, current, outcomes, broken, time.time(), granted=complete)
                 self._store.save(state)
@@ -290,7 +291,7 @@ class Controller:
         for gpu, fault in broken.items():
             failures.setdefault(gpu, []).append(fault)
         if granted:
-            self.audit.write("granted", run=intent.run, instances=granted)
+            self.audit.write("granted", run=intent.run, instances=granted, prewarmed=prewarmed)
         return granted
 
     # Release.
@@ -359,6 +360,55 @@ class Controller:
                 self._report(f"instance {outcome.uuid} is quarantined: {outcome.note}")
         for gpu, fault in broken.items():
             self._report(f"GPU {gpu}: {fault}")
+
+    # Ahead of time.
+
+    def prewarm(self, wish: inventory.Wish) -> int:
+        """Make what the policy wishes for, one instance after the other, until all is there or somebody else needs the
+        GPU. Does nothing where another process is at it. Returns how many were made. Raises NodeError."""
+        made = 0
+
+        def work() -> None:
+            nonlocal made
+            while self._prewarm(wish):
+                made += 1
+                time.sleep(PAUSE_SECONDS)
+
+        with suppress(LockTimeoutError), Store(self.config.state_dir, time.monotonic()).prewarming():
+            self._recovering(work)
+        return made
+
+    def _prewarm(self, wish: inventory.Wish) -> bool:
+        """Make one instance, and remove what is in its way. Whether that was done and there may be more."""
+        with self._open("prewarm") as state:
+            now = time.time()
+            view = inventory.view(state, now)
+            if told := demand.load(self.config.state_dir, now):
+                view = view._replace(pending=told.pending(view.gpus[0].geometry))
+            late = time.monotonic() > self._deadline
+            intent = None if late else inventory.begin_prewarm(state, view, wish, self._owner)
+            if intent is None:
+                return False
+            steps = inventory.steps(state, intent)
+            self._store.save(state)
+        number = intent.number
+
+        def wanted() -> bool:
+            return any(i.number == number and not i.yielding for i in self._store.glance().intents)
+
+        def told_of(event: str, **done: Any) -> None:
+            self.audit.write("prewarm", did=event, **done)
+
+        with self._store.hardware([step.gpu for step in steps], "prewarm"):
+            outcomes, broken = hardware.change(self._device, steps, None, self._deadline, told_of, wanted)
+            with self._store.open("prewarm") as state:
+                current = next((i for i in state.intents if i.number == number), None)
+                if current is None:
+                    return False  # the state was lost and recovered meanwhile, and what we made was adopted
+                inventory.conclude(state, current, outcomes, broken, time.time(), granted=False)
+                self._store.save(state)
+        self._tell(outcomes, broken)
+        return len(outcomes) == len(steps) and not (current.yielding or broken or any(o.trouble for o in outcomes))
 
     # Before a decision: the inventory must be known, and true.
 
@@ -530,6 +580,13 @@ def choose(view: View, asked: planner.Asked, candidates: Sequence[planner.Candid
     from policy import model
 
     return model.choose(view, asked, candidates, site)
+
+
+def wish(view: View, gpu: int, site: str = "") -> Sequence[Placement]:
+    """What the policy would have idle on a GPU, by its number in the view: the same policy that `choose` asks."""
+    from policy import model
+
+    return model.wish(view, gpu, site)
 
 
 def chooser(config: Config) -> planner.Choose:

@@ -355,6 +355,17 @@ def decide(model: Model, known: Basis, view: View, asked: Asked, candidates: Seq
     )
 
 
+def wish(view: View, index: int, site: str = "", shipped: str = WEIGHTS) -> Sequence[Placement]:
+    """What the policy has in mind for the free slices of a GPU, what it expects most first; nothing without a model."""
+    gpu = view.gpus[index]
+    try:
+        model, _ = in_use(gpu.geometry, site, shipped)
+    except ModelError:
+        return ()
+    known = basis(model, view, gpu.geometry)
+    return planned(model, values(model, known.shares, known.times.rate > 0), known.shares, gpu, gpu.taken)
+
+
 def minutes(model: Model, known: Times) -> str:
     """How long jobs run, for people: the mean, and the part of their time limits that this is."""
     mean = sum(known.ratios) / len(known.ratios)
@@ -442,28 +453,33 @@ def foresee(model: Model, gpu: planner.GpuView, now: float, known: Times, guess:
     return [*path, (held, 0.0)]
 
 
-def layout(
-    model: Model, of_class: Sequence[float], known: Basis, gpu: planner.GpuView, new: Placement | None = None
-) -> Layout:
-    """What the policy has in mind for a GPU: the free slices filled with the profiles that are expected, by memory
-    slices and the fewer of them are planned already, each where it costs least value. `new` is placed now: a request
-    that was seen too."""
-    wanted = [*gpu.taken, *((new,) if new else ())]
-    held = sum(number(model, gpu.geometry, p) for p in wanted)
-    here = [0] * len(known.shares)
+def layout(model: Model, of_class: Sequence[float], known: Basis, gpu: planner.GpuView, new: Placement) -> Layout:
+    """The layout that the policy has in mind for a GPU where `new` is placed now: a request that was seen too."""
     shares = list(known.shares)
-    if new:
-        shares[model.plain.index(plain_names(gpu.geometry)[new.profile])] += 1 / (PRIOR + known.seen)
+    shares[model.plain.index(plain_names(gpu.geometry)[new.profile])] += 1 / (PRIOR + known.seen)
+    held = (*gpu.taken, new)
+    return tuple(sorted((*held, *planned(model, of_class, shares, gpu, held)), key=lambda p: p.start))
+
+
+def planned(
+    model: Model, of_class: Sequence[float], shares: Sequence[float], gpu: planner.GpuView, taken: Layout
+) -> list[Placement]:
+    """The slices beside what is taken, filled with the profiles that are expected: by memory slices and the fewer of
+    them are planned already, each where it costs least value, to which the price of making it counts."""
+    held = sum(number(model, gpu.geometry, p) for p in taken)
+    idle = sum(number(model, gpu.geometry, p) for p in gpu.idle)
+    here = [0] * len(shares)
+    found: list[Placement] = []
     while True:
         open_to = [p for p, places in enumerate(model.of_profile) if any(free(model, held, k) for k in places)]
         if not open_to:
-            return tuple(sorted(wanted, key=lambda p: p.start))
+            return found
         profile = max(open_to, key=lambda p: (shares[p] * model.sizes[p] / (1 + here[p]), p))
         spots = [k for k in model.of_profile[profile] if free(model, held, k)]
-        spot = max(spots, key=lambda k: of_class[model.classes[held | 1 << k]])
+        spot = max(spots, key=lambda k: of_class[model.classes[held | 1 << k]] + model.reuse * (idle >> k & 1))
         here[profile] += 1
         held |= 1 << spot
-        wanted.append(gpu.geometry.placements(model.plain[profile])[model.of_profile[profile].index(spot)])
+        found.append(gpu.geometry.placements(model.plain[profile])[model.of_profile[profile].index(spot)])
 
 
 def free(model: Model, held: int, place: int) -> bool:

@@ -50,6 +50,8 @@ class Config(NamedTuple):
     """What slurmctld is told of what fits: `features` or `extra` of the node, or nothing (`sums` of slices)."""
     keep_gpus: int = 4
     """On how many GPUs of the whole cluster `rms watch` keeps room for large jobs at most."""
+    prewarm: bool = False
+    """Whether instances that the policy expects to be asked for are made ahead of time, after an Epilog."""
     boot_id_file: str = "/proc/sys/kernel/random/boot_id"
     """Another file only in tests, to play a reboot."""
 
@@ -75,6 +77,7 @@ _KEYS: dict[str, tuple[type, ...]] = {
     "driver_root": (str,),
     "admission": (str,),
     "keep_gpus": (int,),
+    "prewarm": (bool,),
     "boot_id_file": (str,),
 }
 _SIMULATED: dict[str, tuple[type, ...]] = {

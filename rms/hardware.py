@@ -57,16 +57,23 @@ class _TakenError(DeviceError):
 
 
 def change(
-    device: Device, steps: Sequence[Step], uid: int, deadline: float, told: Callable[..., None]
+    device: Device,
+    steps: Sequence[Step],
+    uid: int | None,
+    deadline: float,
+    told: Callable[..., None],
+    go_on: Callable[[], bool] = lambda: True,
 ) -> tuple[list[Outcome], dict[str, str]]:
     """All of an acquire. Stops at the first instance that is held or fails; says which GPU failed, and why.
 
-    `told` is called with event, gpu, placement, seconds and result of each step. The user is let in last, so that what
-    comes to nothing is still fenced from everybody.
+    `told` is called with event, gpu, placement, seconds and result of each step; before each `go_on` is asked. The
+    user, if there is one, is let in last, so that what comes to nothing is still fenced from everybody.
     """
     outcomes: list[Outcome] = []
     steps = sorted(steps, key=lambda s: ("busy", "removing", "making").index(s.status))
     for step in steps:
+        if not go_on():
+            return outcomes, {}
         began = time.monotonic()
         fault = ""
         try:

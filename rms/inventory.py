@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeVar
 
+from rms import planner
 from rms.device import DeviceInstance
 from rms.errors import RequestError
 from rms.geometry import Geometry, Placement
@@ -23,6 +24,8 @@ from rms.request import Request, parse
 SCHEMA = 2
 RECENT = 256
 """How many requests, and how many ended jobs, the state remembers for the policy's estimate of demand."""
+SPARED_SECONDS = 600.0
+"""An idle instance that was used or made since is not destroyed to prewarm another one."""
 CLOSED = 1000
 """Released runs that are remembered, newest first, so that a late Prolog of one gets nothing."""
 
@@ -52,6 +55,10 @@ class Run(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.job}.{self.restart}"
+
+
+NOBODY = Run("", 0, 0)
+"""The run of an intent to prewarm."""
 
 
 class Owner(NamedTuple):
@@ -85,7 +92,8 @@ class Instance:
     """One instance, or the place of one that is being made (`gi`, `ci`, `uuid` None until it exists).
 
     `intent` is the number of the intent that is changing it; `trouble` is what is wrong with it, if anything is, and
-    `note` tells people more; `used` is when a job last had it or it was made (epoch).
+    `note` tells people more; `used` is when a job last had it or it was made (epoch); `prewarmed`: made ahead of time,
+    and no job has had it yet.
     """
 
     generation: int
@@ -98,6 +106,7 @@ class Instance:
     used: float = 0.0
     trouble: Trouble = ""
     note: str = ""
+    prewarmed: bool = False
 
 
 @dataclass
@@ -137,12 +146,16 @@ class Allocation:
 
 @dataclass
 class Intent:
-    """A change of the hardware that has been decided, and reserved, but whose outcome is not saved yet."""
+    """A change of the hardware that has been decided, and reserved, but whose outcome is not saved yet.
+
+    One to prewarm reserves nothing: who needs its GPU sets `yielding`, and waits until its next operation has ended.
+    """
 
     number: int
-    kind: Literal["acquire", "release"]
+    kind: Literal["acquire", "release", "prewarm"]
     run: Run
     owner: Owner
+    yielding: bool = False
 
 
 @dataclass
@@ -150,7 +163,8 @@ class State:
     """All of it. `managed` is the config's list of GPUs when they were last read; `counter` gives generations and
     intents their numbers; `closed` maps a job to the last restart that was released and when; `recent` holds submit
     time, request and limit (minutes) of the last requests, `ended` for how many seconds the last jobs with a limit
-    (minutes) held their instances."""
+    (minutes) held their instances; `prewarmed` how many instances were made ahead of time, and how many of these a job
+    has had."""
 
     boot_id: str = ""
     managed: list[str | int] = field(default_factory=list)
@@ -162,6 +176,7 @@ class State:
     closed: dict[int, tuple[int, float]] = field(default_factory=dict)
     recent: list[tuple[float, str, int | None]] = field(default_factory=list)
     ended: list[tuple[float, int]] = field(default_factory=list)
+    prewarmed: tuple[int, int] = (0, 0)
 
     def number(self) -> int:
         """The next generation or intent number."""
@@ -213,6 +228,7 @@ def from_json(data: dict[str, Any]) -> State:
     """
     if data["schema"] < 2:
         _from_schema_1(data)
+    made, used = data.get("prewarmed", (0, 0))
     return State(
         boot_id=data["boot_id"],
         managed=data["managed"],
@@ -232,6 +248,7 @@ def from_json(data: dict[str, Any]) -> State:
         closed={int(job): (restart, when) for job, (restart, when) in data["closed"].items()},
         recent=[(when, request, limit) for when, request, limit in data["recent"]],
         ended=[(float(ran), int(limit)) for ran, limit in data.get("ended", [])],
+        prewarmed=(int(made), int(used)),
     )
 
 
@@ -247,6 +264,7 @@ def _from_schema_1(data: dict[str, Any]) -> None:
 def view(state: State, now: float) -> View:
     """What a policy may see. GPUs with a fault offer no room: all their slices are blocked."""
     runs = {generation: a for a in state.allocations for generation in a.instances}
+    prewarming = {intent.number for intent in state.intents if intent.kind == "prewarm"}
     gpus = []
     for gpu in state.gpus:
         geometry = state.geometries[gpu.model]
@@ -259,8 +277,8 @@ def view(state: State, now: float) -> View:
                 busy.append(Busy(instance.placement, run.started, run.started + run.limit * 60 if run.limit else None))
             elif instance.status == "idle":
                 idle.append(instance.placement)
-            elif instance.status == "removing":
-                continue  # free as soon as the intent ahead has done its work: `ahead` tells whom to wait for
+            elif instance.status == "removing" or instance.intent in prewarming:
+                continue  # free as soon as who is at work there has ended or yielded: `ahead`, `prewarming`
             else:
                 blocked.append(instance.placement)
         gpus.append(GpuView(gpu.uuid, geometry, tuple(busy), tuple(idle), tuple(blocked)))
@@ -310,9 +328,50 @@ def ahead(state: State, intent: Intent) -> list[Intent]:
     return [other for other in state.intents if other.number in removing and other.number < intent.number]
 
 
+def prewarming(state: State, decisions: Iterable[Decision]) -> Intent | None:
+    """The intent to prewarm that is at work on a GPU of a plan: it must have ended before that is reserved."""
+    gpus = {state.gpus[decision.choice.candidate.gpu].uuid for decision in decisions}
+    return next((i for i in state.intents if i.kind == "prewarm" and gpus & set(state.touched(i))), None)
+
+
+Wish = Callable[[View, int], Sequence[Placement]]
+"""What a policy would have idle on a GPU of a view, by its number; what it expects most comes first."""
+
+
+def begin_prewarm(state: State, view: View, wish: Wish, owner: Owner) -> Intent | None:
+    """Mark the first instance of those wished for that can be made without disturbing anybody; None if there is none.
+
+    A GPU where anything is out of order, or being changed, is left alone, and so is what a job has had lately.
+    """
+    for number, gpu in enumerate(state.gpus):
+        out_of_order = gpu.fault or gpu.doubt or gpu.left or gpu.tries
+        if out_of_order or any(i.trouble or i.intent is not None for i in gpu.instances):
+            continue
+        idle = {i.placement: i for i in gpu.instances if i.status == "idle"}
+        spared = tuple(place for place, i in idle.items() if view.now - i.used < SPARED_SECONDS)
+        seen = view.gpus[number]
+        old = tuple(place for place in seen.idle if place not in spared)
+        seen = seen._replace(idle=old, blocked=(*seen.blocked, *spared))
+        wanted = wish(view._replace(gpus=(*view.gpus[:number], seen, *view.gpus[number + 1 :])), number)
+        for placement in (place for place in wanted if place not in idle):
+            destroys = planner.in_the_way(seen, placement)
+            if not set(wanted) & set(destroys):
+                intent = Intent(state.number(), "prewarm", NOBODY, owner)
+                for doomed in destroys:
+                    idle[doomed].status, idle[doomed].intent = "removing", intent.number
+                new = Instance(state.number(), placement, "making", intent=intent.number, prewarmed=True)
+                gpu.instances.append(new)
+                state.intents.append(intent)
+                return intent
+    return None
+
+
 def begin_release(state: State, allocation: Allocation, owner: Owner) -> Intent:
     """Mark a run's instances as being taken back."""
     intent = Intent(state.number(), "release", allocation.run, owner)
+    gpus = {gpu.uuid for gpu, _ in state.held(allocation)}
+    for other in state.intents:
+        other.yielding = other.yielding or (other.kind == "prewarm" and bool(gpus & set(state.touched(other))))
     for _, instance in state.held(allocation):
         instance.intent = intent.number
     state.intents.append(intent)
@@ -367,6 +426,7 @@ def conclude(
     """
     found = {outcome.generation: outcome for outcome in outcomes}
     allocation = state.of_run(intent.run)
+    made, used = state.prewarmed
     owned = set(allocation.instances) if granted and allocation else set()
     for gpu in state.gpus:
         gpu.doubt = doubts.get(gpu.uuid, gpu.doubt)
@@ -384,8 +444,13 @@ def conclude(
             elif instance.trouble:
                 instance.status = "quarantined"
             else:
+                made += instance.status == "making" and intent.kind == "prewarm"
+                if instance.status != "removing":
+                    instance.used = now
                 instance.status = "busy" if instance.generation in owned else "idle"
-                instance.used = now
+                if instance.status == "busy" and instance.prewarmed:
+                    used, instance.prewarmed = used + 1, False
+    state.prewarmed = made, used
     if allocation and granted:
         allocation.granted = True
     elif allocation:

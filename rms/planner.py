@@ -177,11 +177,12 @@ def candidates(view: View, profile: str) -> list[Candidate]:
             if placement in gpu.idle:
                 found.append(Candidate(index, placement, True, ()))
             else:
-                found.append(Candidate(index, placement, False, _in_the_way(gpu, placement)))
+                found.append(Candidate(index, placement, False, in_the_way(gpu, placement)))
     return found
 
 
-def _in_the_way(gpu: GpuView, placement: Placement) -> tuple[Placement, ...]:
+def in_the_way(gpu: GpuView, placement: Placement) -> tuple[Placement, ...]:
+    """The idle instances that must be destroyed for another one to be made."""
     doomed = [idle for idle in gpu.idle if idle.mask & placement.mask]
     spared = [idle for idle in gpu.idle if not idle.mask & placement.mask]
     # A profile's count (or the one set of media engines) may be used up by idle instances elsewhere on the GPU.

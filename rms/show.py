@@ -124,6 +124,7 @@ def report(
                         "trouble": i.trouble,
                         "note": i.note,
                         "intent": i.intent,
+                        "prewarmed": i.prewarmed,
                         "run": str(runs[i.generation].run) if i.generation in runs else None,
                     }
                     for i in sorted(gpu.instances, key=lambda i: i.placement.start)
@@ -157,6 +158,7 @@ def report(
             }
             for intent in working.values()
         ],
+        "prewarmed": {"made": state.prewarmed[0], "used": state.prewarmed[1]},
         "recent": [{"submit": when, "request": text, "limit_minutes": limit} for when, text, limit in state.recent],
     }
 
@@ -189,8 +191,14 @@ def draw(found: Mapping[str, Any], width: int = 80, paint: Paint = plain) -> str
         lines += _warning(policy["fault"], width, paint)
     for intent in found["intents"]:
         if not intent["alive"]:
-            text = f"{intent['kind']} of job {intent['job']}.{intent['restart']} was cut off: its process"
+            whose = "" if intent["kind"] == "prewarm" else f" of job {intent['job']}.{intent['restart']}"
+            text = f"{intent['kind']}{whose} was cut off: its process"
             lines += _warning(f"{text} {intent['pid']} is gone; the next MIG job's Prolog mends it", width, paint)
+    if found["prewarmed"]["made"]:
+        waiting = sum(i["prewarmed"] for gpu in gpus for i in gpu["instances"] if i["status"] == "idle")
+        lines.append(
+            "made ahead of time: {made}, used by a job: {used}, ".format(**found["prewarmed"]) + f"idle: {waiting}"
+        )
     users = {f"{a['job']}.{a['restart']}": _user(a) for a in allocations}
     slots = 0
     for gpu in gpus:
@@ -255,7 +263,7 @@ def _labels(instance: Mapping[str, Any], users: Mapping[str, str]) -> list[str]:
         job = str(run).partition(".")[0]
         return [f"{profile} {run} {users.get(run, '?')}", f"{profile} {run}", str(run), job]
     if status == "making":
-        return [f"making {profile} for {run}", f"making {profile}", "making"]
+        return [*([f"making {profile} for {run}"] if run else []), f"making {profile}", "making"]
     return [f"{status} {profile}", status]
 
 

@@ -2,8 +2,8 @@
 
 One JSON file with a checksum, replaced whole at every change, the generation before it kept beside it. Locks, all in
 the state directory: one for the state, held for milliseconds; one per GPU, held while its hardware is changed; one for
-publishing, one for the list of refused jobs. A process that holds one of the others may take the state's, never the
-other way round.
+publishing, one for the list of refused jobs, one for prewarming. A process that holds one of the others may take the
+state's, never the other way round.
 """
 
 from __future__ import annotations
@@ -85,6 +85,12 @@ class Store:
     def publishing(self) -> Iterator[None]:
         """The lock of who tells slurmctld what fits; the state's is not held meanwhile."""
         with self._locked("publish.lock", "publish, for as long as slurmctld does not answer"):
+            yield
+
+    @contextmanager
+    def prewarming(self) -> Iterator[None]:
+        """The lock of who makes instances ahead of time: one process at a time."""
+        with self._locked("prewarm.lock", "prewarm"):
             yield
 
     @contextmanager

@@ -1,5 +1,7 @@
 """The Prolog and the Epilog of a job that asks for MIG: `python -I -m slurm.hook prolog|epilog CONFIG SLURM_CONF`.
 
+With the verb `prewarm` it is what an Epilog leaves behind: a process that makes instances ahead of time.
+
 Called by the shell scripts beside this file, as root, with slurmd's environment. Whose fault it was decides what
 happens: no room is nobody's (the job goes back to the queue), a request that can't be is the user's (the job is
 cancelled with a message), everything else is the node's (it is drained, the job is requeued). The exit code is 0 in
@@ -14,6 +16,7 @@ import syslog
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import controller
@@ -132,6 +135,26 @@ def epilog(hook: Hook, config: Config, slurm_conf: str, log: Log) -> int:
         log("what fits is not published yet; it is tried on in the background")
     _wake(config, slurm_conf, log)
     return 0
+
+
+def prewarm(config: Config, log: Log) -> int:
+    """Make what the policy expects to be asked for. Returns the exit code. Raises RmsError."""
+    began = time.monotonic()
+    made = controller.Controller(config, log=log).prewarm(partial(controller.wish, site=config.policy_dir))
+    if made:
+        log(f"{made} instances made ahead of time, in {time.monotonic() - began:.3f} s")
+    return 0
+
+
+def _leave_behind(arguments: Sequence[str], log: Log) -> None:
+    """Start `prewarm` as a process that has nothing of the Epilog's: slurmd waits neither for it nor for what it has
+    open, and does not end it with the Epilog."""
+    null = [(os.POSIX_SPAWN_OPEN, descriptor, os.devnull, os.O_RDWR, 0) for descriptor in (0, 1, 2)]
+    command = [sys.executable, "-I", "-m", "slurm.hook", "prewarm", *arguments]
+    try:
+        os.posix_spawn(sys.executable, command, os.environ, file_actions=null, setsid=True)
+    except OSError as error:
+        log(f"cannot prewarm: no process: {error.strerror}")
 
 
 def _publish(hook: Hook, config: Config, slurm_conf: str, log: Log, wait: float = 0.0, again: bool = False) -> bool:
@@ -301,6 +324,8 @@ def _drain(hook: Hook | None, slurm_conf: str, log: Log, why: str, starting: boo
 def main(arguments: Sequence[str]) -> int:
     """Run one hook. Returns its exit code."""
     verb, config_path, slurm_conf = arguments
+    if verb == "prewarm":
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # whatever slurmd's own process had left open
     starting = verb == "prolog"
     log = Log(verb)
     syslog.openlog("rms", syslog.LOG_PID, syslog.LOG_DAEMON)
@@ -311,7 +336,12 @@ def main(arguments: Sequence[str]) -> int:
         log.about(hook.run)
         config = configuration.load(config_path, hook.node)
         log.path = config.hook_log
-        return prolog(hook, config, slurm_conf, log) if starting else epilog(hook, config, slurm_conf, log)
+        if verb == "prewarm":
+            return prewarm(config, log)
+        code = prolog(hook, config, slurm_conf, log) if starting else epilog(hook, config, slurm_conf, log)
+        if config.prewarm and not starting:
+            _leave_behind([config_path, slurm_conf], log)
+        return code
     except ClosedRunError as error:
         log(str(error))  # an orphan of a run that is over: its job is no longer this one's business
         return 0
@@ -321,6 +351,9 @@ def main(arguments: Sequence[str]) -> int:
         fault, blame = str(error), None
     except Exception as error:  # a bug must not become a held job with an empty reason
         fault, blame = f"internal error: {type(error).__name__}: {error}", None
+    if verb == "prewarm":  # it is nobody's job: whoever comes next with one finds the same fault, if it stands
+        log(fault)
+        return 0
     if starting and hook and config:
         with suppress(RmsError, OSError):
             grant.refuse(config.run_dir, hook.run)

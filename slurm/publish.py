@@ -149,12 +149,14 @@ def offer(state: State, boot_id: str, now: float, told: Told | None = None) -> O
 
 def _pessimistic(state: State, now: float) -> View:
     view = inventory.view(state, now)
+    yielding = {intent.number for intent in state.intents if intent.kind == "prewarm"}
     gpus = []
     for gpu, record in zip(view.gpus, state.gpus, strict=True):
         if record.doubt or record.fault:
             gpus.append(gpu.without_room())
         else:
-            removing = tuple(i.placement for i in record.instances if i.status == "removing")
+            changing = (i for i in record.instances if i.status == "removing" and i.intent not in yielding)
+            removing = tuple(i.placement for i in changing)
             gpus.append(gpu._replace(blocked=(*gpu.blocked, *removing)))
     return view._replace(gpus=tuple(gpus))
 

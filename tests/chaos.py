@@ -38,6 +38,7 @@ import pynvml
 import test_crash
 from conftest import Node
 
+import controller as local
 from rms import geometry, grant, hardware, simulated
 from rms.device import DeviceInstance, Nvml
 from rms.errors import ClosedRunError, NodeError, NoRoomError, RequestError, RmsError
@@ -68,6 +69,7 @@ WEIGHTS = {
     "jump": 2,
     "vanished_epilog": 2,
     "reboot": 0.7,
+    "prewarm": 3,
 }
 """How often each event is tried, by the method of its name."""
 RECOVERIES = ("rebuilt", "took over", "is offered again", "is over", "idle", "removed", "has booted")
@@ -392,6 +394,18 @@ class Life:
         self.strangers.clear()
         self.unknown.clear()
         self.settled, self.blank = True, False
+
+    def prewarm(self) -> None:
+        """What an Epilog leaves behind makes what the policy expects; it may die over it."""
+
+        def act() -> int:
+            return self.node.controller().prewarm(local.wish)
+
+        if self.chance.random() < 0.3:
+            test_crash.die_at(self.chance.randrange(1, 130), act, may_fail=True)
+        else:
+            with suppress(NodeError):
+                act()
 
     # What they are made of.
 

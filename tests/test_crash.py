@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,9 @@ from conftest import Node, open_gpus, run
 
 from rms import grant
 from rms.errors import ClosedRunError, RmsError
+from rms.geometry import Placement
 from rms.simulated import SimulatedDevice
+from rms.store import Store
 
 WORLD: list[tuple[Any, str]] = [
     *((os, name) for name in ("open", "write", "pwrite", "fsync", "rename", "replace", "link", "unlink")),
@@ -267,6 +270,24 @@ def half_released(node: Node) -> None:
     assert node.marker(3).read_text() == "ended 0\n"
 
 
+def gpu_of_old_idle(node: Node) -> None:
+    """Idle instances that no job has had for long, beside a busy one."""
+    node.acquire(2, "1g:3")
+    holding(node)
+    node.release(2)
+    path = node.root / "state" / "state.json"
+    with Store(str(path.parent), time.monotonic() + 20).open("test") as state:
+        for gpu in state.gpus:
+            for instance in gpu.instances:
+                instance.used = 0.0
+        Store(str(path.parent), time.monotonic() + 20).save(state)
+
+
+def prewarmed(node: Node) -> None:
+    """One instance, with two in its way."""
+    node.controller().prewarm(lambda view, number: [Placement("2g.20gb", 4, 2)] if view.gpus[number].idle else [])
+
+
 SCENARIOS: dict[str, tuple[Callable[[Node], object], Callable[[Node], object]]] = {
     "first call ever": (nothing, acquired("3g")),
     "create": (holding, acquired("3g")),
@@ -284,6 +305,7 @@ SCENARIOS: dict[str, tuple[Callable[[Node], object], Callable[[Node], object]]] 
     "mending a half-made instance": (half_made, acquired("4g")),
     "mending a half-destroyed one": (half_gone, acquired("7g")),
     "mending a release": (half_released, acquired("3g")),
+    "prewarming": (gpu_of_old_idle, prewarmed),
 }
 
 

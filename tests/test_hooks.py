@@ -22,6 +22,7 @@ import pytest
 from conftest import Node, run
 
 from rms import grant
+from rms.store import Store
 from slurm import site
 
 MIG = "rms1:3g.40gb:1;s=1;l=0;"
@@ -625,3 +626,89 @@ def test_what_the_hooks_leave_is_what_the_controller_reads(hooks: Hooks) -> None
     assert given(hooks.task()) == ",".join(found.uuids) and len(found.uuids) == 3
     hooks.epilog(7)
     assert not grant.ended(hooks.node.config.run_dir, run(7)) and given(hooks.task()) is None
+
+
+# What an Epilog leaves behind: instances are made ahead of time.
+
+
+def background(node: Node) -> subprocess.Popen[str]:
+    """What an Epilog leaves behind, as a process."""
+    command = [sys.executable, "-I", "-m", "slurm.hook", "prewarm", str(node.toml), "/nowhere"]
+    environment = node.environment(SLURM_JOB_ID="7", SLURM_JOB_UID="0", SLURMD_NODENAME="n1")
+    return subprocess.Popen(command, env=environment, cwd="/", text=True)
+
+
+def until(seen: Any, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not seen():
+        assert time.monotonic() < end, "it does not come"
+        time.sleep(0.01)
+
+
+def at_work(node: Node) -> bool:
+    """Whether something is being made ahead of time."""
+    return any(intent.kind == "prewarm" for intent in Store(node.config.state_dir, 0.0).glance().intents)
+
+
+def test_a_job_waits_for_one_operation_at_most(node: Node) -> None:
+    """All that is published fits at once, whatever is being made: here a whole GPU, and what lies on the other one."""
+    node.acquire(1, "1g")
+    node.release(1)
+    node.configure(sim_create_seconds=0.6, prewarm=True)
+    process = background(node)
+    until(lambda: at_work(node))
+    began = time.monotonic()
+    node.acquire(2, "7g:2")
+    took = time.monotonic() - began
+    assert process.wait(30) == 0
+    # The operation under way, and its own two, one after the other; and what it must destroy.
+    assert took < 0.6 + 2 * 0.6 + 1.0, took
+    assert sorted(node.statuses().values()) == ["busy", "busy"]
+    assert node.state().prewarmed[0] <= 1, "it has given up"
+    assert len([line for line in node.audit() if line["event"] == "decision"]) == 2, "one line a job"
+    node.check_empties()
+
+
+def test_a_release_makes_it_yield_too(node: Node) -> None:
+    node.configure(gpus=[0])
+    node.acquire(1, "1g")
+    node.configure(sim_create_seconds=0.5, prewarm=True)
+    process = background(node)
+    until(lambda: at_work(node))
+    node.release(1)
+    assert process.wait(30) == 0 and node.state().prewarmed[0] == 1
+    node.check()
+
+
+def test_the_epilog_leaves_it_behind(hooks: Hooks) -> None:
+    """slurmd waits neither for it nor for its descriptors: the pipes of the Epilog are closed when that ends."""
+    hooks.node.configure(prewarm=True)
+    hooks.prolog(7)
+    hooks.node.configure(sim_create_seconds=0.8)
+    began = time.monotonic()
+    hooks.epilog(7)
+    assert time.monotonic() - began < 0.8, "it has waited"
+    until(lambda: "ahead of time" in hooks.log())
+    assert "prewarm: job 7.0: " in hooks.log() and hooks.node.state().prewarmed[0] >= 1
+    hooks.node.check()
+    shown = subprocess.run(
+        [sys.executable, "-I", "-m", "rms.cli", "show", "--config", str(hooks.node.toml), "--node", "n1"],
+        capture_output=True, text=True, check=True, env={"PATH": os.environ["PATH"]},
+    )  # fmt: skip
+    assert "made ahead of time: " in shown.stdout
+
+
+def test_without_the_key_nothing_is_left_behind(hooks: Hooks) -> None:
+    hooks.prolog(7)
+    hooks.epilog(7)
+    time.sleep(0.5)
+    assert hooks.node.state().prewarmed == (0, 0) and not (hooks.node.root / "state/prewarm.lock").exists()
+
+
+def test_its_faults_are_told_and_drain_nothing(hooks: Hooks) -> None:
+    hooks.prolog(7)
+    (hooks.node.root / "state" / "state.json").write_text(json.dumps({"schema": 99}))
+    hooks.node.toml.write_text("nonsense")
+    hooks.calls()
+    assert background(hooks.node).wait(30) == 0
+    assert hooks.calls() == ""

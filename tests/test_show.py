@@ -299,6 +299,7 @@ def test_json_has_everything() -> None:
         "geometries",
         "allocations",
         "intents",
+        "prewarmed",
         "recent",
     ]
     assert (known["schema"], known["node"], known["time"]) == (1, "gpu01", NOW)
@@ -324,6 +325,7 @@ def test_json_has_everything() -> None:
         "trouble": "",
         "note": "",
         "intent": None,
+        "prewarmed": False,
         "run": "4712.0",
     }
     assert known["geometries"]["A100-80GB"] == load("A100-80GB").to_json()
