@@ -1,7 +1,7 @@
 """The state file and the locks around it.
 
 One JSON file with a checksum, replaced whole at every change, the generation before it kept beside it. Locks, all in
-the state directory: one for the state, held for milliseconds; one per GPU, held while its hardware is changed; one for
+the state directory: one for the state, held for milliseconds; one per GPU, held while its hardware is changed; two for
 publishing, one for the list of refused jobs, one for prewarming. A process that holds one of the others may take the
 state's, never the other way round.
 """
@@ -91,6 +91,12 @@ class Store:
     def prewarming(self) -> Iterator[None]:
         """The lock of who makes instances ahead of time: one process at a time."""
         with self._locked("prewarm.lock", "prewarm"):
+            yield
+
+    @contextmanager
+    def gathering(self) -> Iterator[None]:
+        """The lock of who will publish in a moment, together with what comes until then."""
+        with self._locked("gather.lock", "publish in a moment"):
             yield
 
     @contextmanager

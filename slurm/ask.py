@@ -82,7 +82,7 @@ class Commands(Slurmctld):
 
     def __init__(self, slurm_conf: str, seconds: float = 10.0) -> None:
         super().__init__(slurm_conf, seconds)
-        self._environment |= {"SLURM_TIME_FORMAT": "%s", "SLURM_BITSTR_LEN": "200"}
+        self._environment |= {"SLURM_BITSTR_LEN": "200"}
 
     def queue(self) -> list[Queued]:
         # Nobody can know it, so no comment with a line feed in it becomes a job of its own.
@@ -90,7 +90,7 @@ class Commands(Slurmctld):
         form = separator.join(
             ["%A", "%T", "%r", "%Q", "%P", "%l", "%V", "%S", "%N", "%n", "%x", "%f", "%v", "%K", "%k"]
         )
-        shown = self._run("squeue", "--noheader", "--all", f"--states={','.join(STATES)}", f"--format={form}")
+        shown = self.run("squeue", "--noheader", "--all", f"--states={','.join(STATES)}", f"--format={form}")
         rows = (line.split(separator, 14) for line in shown.split("\n"))
         return _sorted(_queued(row, self.hosts) for row in rows if len(row) == 15)
 
@@ -99,10 +99,10 @@ class Commands(Slurmctld):
         fields |= {"Features": WIDE, "Comment": WIDE}
         form = ",".join(f"{name}:{width}" for name, width in fields.items())
         rows = []
-        for line in self._run("sinfo", "--noheader", "--all", "--Node", f"--Format={form}").encode().split(b"\n"):
+        for line in os.fsencode(self.run("sinfo", "--noheader", "--all", "--Node", f"--Format={form}")).split(b"\n"):
             row = []
             for width in fields.values():  # of bytes
-                row.append(line[:width].decode(errors="replace").strip(" "))
+                row.append(os.fsdecode(line[:width]).strip(" "))
                 last, line = line[:width], line[width:]  # noqa: PLW2901
             if (
                 len(last.strip()) < WIDE
@@ -112,15 +112,15 @@ class Commands(Slurmctld):
 
     def hosts(self, names: str) -> tuple[str, ...]:
         """A list of hosts, `n[1-2],m`, as single names."""
-        return _hosts(self._run, names)
+        return _hosts(self.run, names)
 
     def comment(self, nodes: Iterable[str], text: str) -> None:
         """Set the comment of nodes."""
-        self._run("scontrol", "update", f"NodeName={','.join(nodes)}", f"Comment={text}")
+        self.run("scontrol", "update", f"NodeName={','.join(nodes)}", f"Comment={text}")
 
     def version(self) -> str:
         """The site's Slurm, as 26.05.5."""
-        return self._run("scontrol", "--version").split()[-1]
+        return self.run("scontrol", "--version").split()[-1]
 
 
 class Pyslurm:

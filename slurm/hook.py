@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import controller
 from rms import config as configuration
 from rms import grant, inventory, planner, refused
+from rms.audit import Audit
 from rms.config import Config
 from rms.errors import ClosedRunError, NodeError, NoRoomError, RequestError, RmsError
 from rms.inventory import Run
@@ -30,6 +31,7 @@ from rms.request import Ticket, parse, parse_comment, printable
 from rms.store import Damaged, Store
 
 if TYPE_CHECKING:
+    from slurm.publish import Publisher
     from slurm.slurmctld import Job, Slurmctld
 
 UNTOLD = 75
@@ -40,8 +42,6 @@ REMEMBERED_SECONDS = 90
 """For how long a job without room is remembered, and its room kept."""
 WAKE_SECONDS = 3.0
 """How long an Epilog waits for an answer when it wakes a job."""
-HOOKS_SECONDS = 10
-"""What is added to a credential's life: this Prolog's end and the Epilog fall into it."""
 ELSEWHERE_SECONDS = 5
 """How soon a job may start on another node: later than the Epilog here ends, or Slurm makes it a credential's life."""
 PUBLISH_SECONDS = 3.0
@@ -51,12 +51,13 @@ POLL_SECONDS = 1.0
 
 
 class Hook(NamedTuple):
-    """What slurmd tells a hook."""
+    """What slurmd tells a hook. `asks` is what the job must find published on its node."""
 
     node: str
     run: Run
     uid: int
     comment: str
+    asks: str = ""
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> Hook:
@@ -73,7 +74,9 @@ class Hook(NamedTuple):
             number("SLURM_JOB_ID"),
             number("SLURM_JOB_RESTART_COUNT", "0"),
         )
-        return cls(configuration.node_name(), run, number("SLURM_JOB_UID"), environment.get("SLURM_JOB_COMMENT", ""))
+        asks = " ".join(environment.get(name, "") for name in ("SLURM_JOB_CONSTRAINTS", "SLURM_JOB_EXTRA"))
+        comment = environment.get("SLURM_JOB_COMMENT", "")
+        return cls(configuration.node_name(), run, number("SLURM_JOB_UID"), comment, asks)
 
 
 class Log:
@@ -110,14 +113,19 @@ def prolog(hook: Hook, config: Config, slurm_conf: str, log: Log) -> int:
     try:
         granted = _acquire(hook, config, ticket, log)
     except NoRoomError as error:
-        _publish(hook, config, slurm_conf, log, again=True)  # slurmctld was wrong about this node
+        from slurm.publish import PREFIX
+
+        named = PREFIX in hook.asks
+        Audit(config.audit_log).write("misplaced", run=hook.run, request=ticket.request, named=named)
+        if publisher := _publisher(hook, config, slurm_conf, log):
+            publisher.anew()  # slurmctld was wrong about this node, or has let in a job that did not ask
         waited = _refuse(hook, config, ticket, slurm_conf, log, str(error))
         if isinstance(waited, int):
             return waited
         granted = waited
     _forget(hook, config)
-    # Not waited for: until slurmctld has it, it sends no more jobs than were let in together.
-    _publish(hook, config, slurm_conf, log)
+    if publisher := _publisher(hook, config, slurm_conf, log):
+        publisher.job_came()
     places = ", ".join(f"GPU {g.number} {g.placement} {g.uuid}" for g in granted)
     log(f"granted {ticket.request} in {time.monotonic() - began:.3f} s: {places}")
     return 0
@@ -130,8 +138,8 @@ def epilog(hook: Hook, config: Config, slurm_conf: str, log: Log) -> int:
     for run in _ending(hook, config, local):
         local.release(run)
         log(f"released run {run} in {time.monotonic() - began:.3f} s")
-    # Before slurmctld knows that the job is over, or it would count one job too many among those that it may send.
-    if not _publish(hook, config, slurm_conf, log, PUBLISH_SECONDS):
+    publisher = _publisher(hook, config, slurm_conf, log)
+    if publisher and not publisher.job_went(PUBLISH_SECONDS):
         log("what fits is not published yet; it is tried on in the background")
     _wake(config, slurm_conf, log)
     return 0
@@ -157,13 +165,13 @@ def _leave_behind(arguments: Sequence[str], log: Log) -> None:
         log(f"cannot prewarm: no process: {error.strerror}")
 
 
-def _publish(hook: Hook, config: Config, slurm_conf: str, log: Log, wait: float = 0.0, again: bool = False) -> bool:
-    """Tell slurmctld what fits now. Whether it knows; without `wait` that is left to a process in the background."""
+def _publisher(hook: Hook, config: Config, slurm_conf: str, log: Log) -> Publisher | None:
+    """Who tells slurmctld what fits; None where it is not told."""
     if config.admission == "sums":
-        return True
+        return None
     from slurm.publish import Publisher
 
-    return Publisher(config, slurm_conf, hook.node, log).soon(wait, again)
+    return Publisher(config, slurm_conf, hook.node, log)
 
 
 def _ending(hook: Hook, config: Config, local: controller.Controller) -> list[Run]:
@@ -186,7 +194,7 @@ def _refuse(
 
     Returns what the job was given after all, or the exit code.
     """
-    from slurm.slurmctld import SilentError, Slurmctld, SlurmError
+    from slurm.slurmctld import HOOKS_SECONDS, SilentError, Slurmctld, SlurmError
 
     slurmctld = Slurmctld(slurm_conf)
     until = time.monotonic() + config.interactive_wait_seconds
@@ -264,26 +272,28 @@ def _forget(hook: Hook, config: Config) -> None:
 def _wake(config: Config, slurm_conf: str, log: Log) -> None:
     """Wake the first job in line, if there is room for it by now. One that was held, changed, or has started meanwhile
     is forgotten: what its user has done counts."""
-    if not refused.load(config.state_dir, time.time()):
+    now = time.time()
+    waiting = refused.load(config.state_dir, now)
+    if not waiting:
         return
     from slurm.slurmctld import Slurmctld, SlurmError
 
     slurmctld = Slurmctld(slurm_conf, WAKE_SECONDS)
     store = Store(config.state_dir, time.monotonic() + WAKE_SECONDS)
+    over: list[Refused] = []
     try:
-        with store.refusing():
-            now = time.time()
-            waiting = refused.load(config.state_dir, now)
-            while waiting:
-                view = inventory.view(store.glance(), now)
-                request = parse(waiting[0].request, view.gpus[0].geometry)
-                if slurmctld.comes_back(waiting[0].name) == waiting[0].start:
-                    if planner.fits(view, request):
-                        slurmctld.wake(waiting[0].name)
-                        log(f"there is room for {request}: woke job {waiting[0].name}")
-                    break
-                waiting = waiting[1:]
-            refused.save(config.state_dir, waiting)
+        state = store.glance()
+        for one in waiting:  # without the lock: each question may take as long as slurmctld does
+            if slurmctld.comes_back(one.name) == one.start:
+                if planner.fits(inventory.view(state, now), parse(one.request, next(iter(state.geometries.values())))):
+                    slurmctld.wake(one.name)
+                    log(f"there is room for {one.request}: woke job {one.name}")
+                break
+            over.append(one)
+        if over:
+            with store.refusing():
+                left = [one for one in refused.load(config.state_dir, now) if one not in over]
+                refused.save(config.state_dir, left)
     except (SlurmError, OSError, RmsError, Damaged) as error:
         log(f"cannot wake the jobs that wait for room: {error}")
 

@@ -23,16 +23,16 @@ from itertools import combinations_with_replacement
 from typing import NamedTuple
 
 from rms import config as configuration
-from rms import demand, inventory, planner
+from rms import demand, files, inventory, planner
 from rms.config import Config
 from rms.demand import Told
-from rms.errors import LockTimeoutError, NodeError, RequestError
+from rms.errors import LockTimeoutError, NodeError, RequestError, RmsError
 from rms.geometry import Geometry, Placement
-from rms.inventory import State
+from rms.inventory import Allocation, State
 from rms.planner import GpuView, View
 from rms.request import Request, parse
 from rms.store import Damaged, Store
-from slurm.slurmctld import PATH, SlurmError
+from slurm.slurmctld import Slurmctld, SlurmError
 
 PREFIX = "rms_"
 """How every published name begins."""
@@ -50,8 +50,12 @@ RETRY_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0)
 GIVE_UP_SECONDS = 3600.0
 """For how long it is tried: the timer that runs `rms publish` goes on after that."""
 COMMAND_SECONDS = 30.0
+ENOUGH = 0.5
+"""So much of the token must be left for a Prolog's update to wait for others."""
+TOGETHER_SECONDS = 1.0
+"""For how long: as often as slurmctld 22.05 looks at its queue."""
 FILE = "published"
-"""In the state directory: which state was published last."""
+"""In the state directory: what the node was when slurmctld was told of it last (`Sent`)."""
 
 
 # What is published. All pure.
@@ -118,8 +122,7 @@ def offer(state: State, boot_id: str, now: float, told: Told | None = None) -> O
         return NOTHING
     view = _pessimistic(state, now)
     geometry = view.gpus[0].geometry
-    releasing = {intent.run for intent in state.intents if intent.kind == "release"}
-    known = [parse(a.request, geometry) for a in state.allocations if a.run not in releasing]
+    known = [parse(a.request, geometry) for a in _known(state)]
     others, kept = view, None
     if told and told.keep and all(a.run.job != told.job for a in state.allocations):
         with suppress(RequestError):
@@ -261,8 +264,9 @@ def changes(record: Record, said: Offer, admission: str) -> list[str]:
 
     Whatever is not ours stays as it is. Raises NodeError where the node lacks the token.
     """
-    gres = _split(record.gres, said)
-    wanted = [f"Gres={gres}"] if gres != record.gres else []
+    items = _plain(record.gres)
+    gres = _split(items, said)
+    wanted = [f"Gres={','.join(gres)}"] if gres != items else []
     if admission == "features":
         available, active = (",".join([*_others(f), *said.names]) for f in (record.available, record.active))
         if (available, active) != (record.available, record.active):
@@ -276,9 +280,13 @@ def _others(features: str) -> list[str]:
     return [feature for feature in features.split(",") if feature and not feature.startswith(PREFIX)]
 
 
-def _split(gres: str, said: Offer) -> str:
-    """The gres string with the token's constant total split anew."""
-    items = re.findall(r"(?:\([^)]*\)|[^,])+", gres)
+def _plain(gres: str) -> list[str]:
+    """The items of a gres string without sockets, as in gpu:2(S:0-1): slurmd found them out, slurm.conf has none."""
+    return [re.sub(r"\(.*\)$", "", item) for item in re.findall(r"(?:\([^)]*\)|[^,])+", gres)]
+
+
+def _split(items: Sequence[str], said: Offer) -> list[str]:
+    """The items of a gres string with the token's constant total split anew."""
     found = [m for m in (re.fullmatch(rf"{TOKEN}:(\w+):(\d+)(K?)", item) for item in items) if m]
     shares = {m[1]: int(m[2]) * (1024 if m[3] else 1) for m in found}  # 1024 is shown as 1K
     if set(shares) != {"job", "size", "shut"}:
@@ -287,12 +295,10 @@ def _split(gres: str, said: Offer) -> str:
     job = min(said.jobs, total - 2)
     size = min(said.size, total - 1 - job)
     new = {"job": job, "size": size, "shut": total - job - size}  # each at least 1: a type without any is set up anew
-    # Sockets, as in gpu:2(S:0-1), are what slurmd found out, not what slurm.conf says.
-    plain = [re.sub(r"\(.*\)$", "", item) for item in items]
-    return ",".join(
-        f"{TOKEN}:{item.split(':')[1]}:{new[item.split(':')[1]]}" if item.startswith(f"{TOKEN}:") else item
-        for item in plain
-    )
+    return [
+        f"{TOKEN}:{(kind := item.split(':')[1])}:{new[kind]}" if item.startswith(f"{TOKEN}:") else item
+        for item in items
+    ]
 
 
 def _merged(extra: str, said: Offer) -> str:
@@ -305,6 +311,57 @@ def _merged(extra: str, said: Offer) -> str:
     return json.dumps({**kept, **dict.fromkeys(said.names, 1)}, separators=(",", ":"))
 
 
+# Whether what slurmctld was told still stands.
+
+
+class Sent(NamedTuple):
+    """What the node was when slurmctld was told of it last: which state, the runs that it knew, how its GPUs were."""
+
+    state: str
+    runs: tuple[str, ...]
+    gpus: tuple[str, ...]
+
+
+def sent(moment: str, state: State, boot_id: str) -> Sent:
+    """What to remember of a state that is being told."""
+    return Sent(moment, tuple(str(a.run) for a in _known(state)), _health(state, boot_id))
+
+
+def stands(last: Sent, state: State, boot_id: str) -> bool:
+    """Whether what slurmctld was told does no harm yet: it lets in no job that does not fit.
+
+    The token was split with the proof that all jobs which it lets in beside the known ones fit. As long as those are
+    there, jobs that it has let in may come and go: each takes its share of the token with it, and leaves the room that
+    was there before. It is another matter where a known one has ended, or a GPU or an instance has gone bad.
+    """
+    return {*last.runs} <= {str(a.run) for a in _known(state)} and last.gpus == _health(state, boot_id)
+
+
+def left(last: Sent, state: State) -> float:
+    """Which part of the token, 1 to 0, slurmctld can still give away, as far as the node knows."""
+    came = [a for a in _known(state) if str(a.run) not in last.runs]
+    if not came:
+        return 1.0
+    geometry = next(iter(state.geometries.values()))
+    return 1.0 - sum(weight(geometry, parse(a.request, geometry)) for a in came) / span(geometry)
+
+
+def _known(state: State) -> list[Allocation]:
+    """The allocations of jobs that are not ending."""
+    releasing = {intent.run for intent in state.intents if intent.kind == "release"}
+    return [a for a in state.allocations if a.run not in releasing]
+
+
+def _health(state: State, boot_id: str) -> tuple[str, ...]:
+    """What else than jobs makes a difference to what fits: which GPUs are offered, what is quarantined on them."""
+    bad = [
+        f"{gpu.uuid} {bool(gpu.doubt)} {bool(gpu.fault)} "
+        + " ".join(sorted(str(i.placement) for i in gpu.instances if i.status == "quarantined"))
+        for gpu in state.gpus
+    ]
+    return (f"{boot_id} {state.boot_id}", *bad)
+
+
 # Doing it.
 
 
@@ -313,47 +370,36 @@ class Publisher:
 
     def __init__(self, config: Config, slurm_conf: str, node: str, log: Callable[[str], None]) -> None:
         self._config = config
-        self._slurm_conf = slurm_conf
+        self._slurmctld = Slurmctld(slurm_conf, COMMAND_SECONDS)
         self._node = node
         self._log = log
-        self._stamp = os.path.join(config.state_dir, FILE)
+        self._last = os.path.join(config.state_dir, FILE)
 
-    def soon(self, wait: float = 0.0, again: bool = False) -> bool:
-        """Publish in a process of its own, and wait for it so long. Whether it was done by then.
+    def job_came(self) -> None:
+        """Publish soon, in a process of its own: at once where the token is running out, else with what comes until
+        then. Nothing waits for it: until slurmctld has heard of a job, the job's share of the token is gone."""
+        self._start(self._lazily)
 
-        What was published already is not, unless `again`: slurmctld seems to have forgotten it.
+    def job_went(self, wait: float) -> bool:
+        """Publish if slurmctld must know it before it counts the job as over; wait for that so long. Whether it does.
 
         The process outlives the hook where slurmctld does not answer, and there is never more than one that tries:
         it looks for a newer state after each success, others only wait a moment for its lock.
         """
-        if self._config.admission == "sums":
+        if self._stands() or (child := self._start(self._patiently)) is None:
             return True
-        if again:
-            with suppress(OSError):
-                os.unlink(self._stamp)
-        if self._is_published():
-            return True
-        try:
-            child = os.fork()
-        except OSError as error:  # of no concern to the job: the timer publishes
-            self._log(f"cannot publish what fits: no process: {error.strerror}")
-            return False
-        if child == 0:
-            code = 1
-            try:
-                _detach()
-                code = 0 if self._patiently() else 1
-            except Exception as error:  # nobody is there to see it but the log
-                self._log(f"cannot publish what fits: {type(error).__name__}: {error}")
-            finally:
-                os._exit(code)
         until = time.monotonic() + wait
-        while time.monotonic() < until:
+        while child and time.monotonic() < until:
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
                 return status == 0
             time.sleep(0.002)
         return False
+
+    def anew(self) -> None:
+        """Publish in a process of its own, whatever was published before: slurmctld seems to have forgotten it."""
+        self._forget()
+        self._start(self._patiently)
 
     def now(self, patience: float = COMMAND_SECONDS) -> None:
         """Publish, whatever was published before. Raises NodeError."""
@@ -364,15 +410,45 @@ class Publisher:
             except SlurmError as error:
                 raise NodeError(f"cannot publish what fits: {error}") from error
 
+    def _start(self, work: Callable[[], bool]) -> int | None:
+        """Do `work` in a process of its own: its pid, 0 if there is none to be had, None if nothing is to be done."""
+        if self._config.admission == "sums" or self._is_published():
+            return None
+        try:
+            child = os.fork()
+        except OSError as error:  # of no concern to the job: the timer publishes
+            self._log(f"cannot publish what fits: no process: {error.strerror}")
+            return 0
+        if child == 0:
+            code = 1
+            try:
+                _detach()
+                code = 0 if work() else 1
+            except Exception as error:  # nobody is there to see it but the log
+                self._log(f"cannot publish what fits: {type(error).__name__}: {error}")
+            finally:
+                os._exit(code)
+        return child
+
+    def _lazily(self) -> bool:
+        if self._stands(ENOUGH):
+            try:
+                with Store(self._config.state_dir, time.monotonic()).gathering():
+                    time.sleep(TOGETHER_SECONDS)
+            except LockTimeoutError:
+                return True  # who waits already will read the newest state
+        return self._is_published() or self._patiently()
+
     def _patiently(self) -> bool:
         store = Store(self._config.state_dir, time.monotonic() + PATIENCE)
         try:
             with store.publishing():
                 until = time.monotonic() + GIVE_UP_SECONDS
                 pauses = _pauses()
-                while not self._is_published():
+                told = self._remembered()
+                while told is None or told.state != self._now():
                     try:
-                        self._publish(store)
+                        told = self._publish(store)
                         pauses = _pauses()
                     except SlurmError as error:
                         self._log(f"cannot publish what fits: {error}")
@@ -386,22 +462,29 @@ class Publisher:
             return False
         return True
 
-    def _publish(self, store: Store) -> None:
+    def _publish(self, store: Store) -> Sent:
         """One attempt, with the lock held. Raises SlurmError, NodeError."""
-        stamp = self._now()
-        record = read(self._run(*question(self._node)), self._node)
+        # Before the state is read: a job that ends from now on finds nothing that stands, and waits for the next one.
+        # And it stays so where slurmctld may or may not have got what we send.
+        self._forget()
+        moment = self._now()
+        record = read(self._slurmctld.run(*question(self._node)), self._node)
         with suppress(OSError, UnicodeError):
             demand.save(self._config.state_dir, record.comment)
+        boot_id = configuration.boot_id(self._config)
+        told = Sent(moment, (), ())
         try:
             now = time.time()
-            boot_id = configuration.boot_id(self._config)
-            said = offer(store.glance(), boot_id, now, demand.load(self._config.state_dir, now))
+            state = store.glance()
+            said = offer(state, boot_id, now, demand.load(self._config.state_dir, now))
+            told = sent(moment, state, boot_id)
         except (Damaged, RequestError):
             said = NOTHING  # the next call of the controller mends it
         if wanted := changes(record, said, self._config.admission):
-            self._run("scontrol", "update", f"NodeName={self._node}", *wanted)
-        with suppress(OSError), open(self._stamp, "w", encoding="ascii") as file:
-            file.write(stamp)
+            self._slurmctld.run("scontrol", "update", f"NodeName={self._node}", *wanted)
+        with suppress(OSError):
+            files.replace(self._last, json.dumps(told).encode(), durable=False)
+        return told
 
     def _now(self) -> str:
         """What tells the present state from all others: its file is replaced at every change."""
@@ -411,33 +494,32 @@ class Publisher:
             return "none"
         return f"{found.st_ino} {found.st_mtime_ns}"
 
+    def _remembered(self) -> Sent | None:
+        """What slurmctld was told last; None if that is not known."""
+        try:
+            with open(self._last, "rb") as file:
+                moment, runs, gpus = json.load(file)
+            return Sent(moment, tuple(runs), tuple(gpus))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def _forget(self) -> None:
+        with suppress(OSError):
+            os.unlink(self._last)
+
     def _is_published(self) -> bool:
-        try:
-            with open(self._stamp, "rb") as file:
-                return file.read() == self._now().encode()
-        except OSError:
+        last = self._remembered()
+        return last is not None and last.state == self._now()
+
+    def _stands(self, least: float = 0.0) -> bool:
+        """Whether what slurmctld was told stands, with so much of the token left."""
+        if (last := self._remembered()) is None:
             return False
-
-    def _run(self, *command: str) -> str:
-        import subprocess  # not before it is needed: it takes longer to import than they take to run
-
-        environment = {"PATH": PATH, "SLURM_CONF": self._slurm_conf, "LC_ALL": "C"}
         try:
-            done = subprocess.run(
-                command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                timeout=COMMAND_SECONDS,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise SlurmError(f"{command[0]}: no answer in {COMMAND_SECONDS:g} s") from None
-        except OSError as error:
-            raise SlurmError(f"{command[0]}: {error}") from error
-        if done.returncode != 0:
-            raise SlurmError(f"{command[0]}: {' '.join(os.fsdecode(done.stderr or done.stdout).split())}")
-        return os.fsdecode(done.stdout)
+            state = Store(self._config.state_dir, 0.0).glance()
+            return stands(last, state, configuration.boot_id(self._config)) and left(last, state) >= least
+        except (Damaged, RmsError):
+            return False
 
 
 def _pauses() -> Iterator[float]:

@@ -5,6 +5,7 @@ Every command has a deadline: with slurmctld down `scontrol` blocks for 20 s and
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -12,6 +13,8 @@ from typing import NamedTuple
 
 from rms.inventory import Run
 
+HOOKS_SECONDS = 10
+"""What is added to a credential's life: the end of a Prolog and the Epilog fall into it."""
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/opt/slurm/bin"
 
 
@@ -49,7 +52,7 @@ class Slurmctld:
         """
         fields = "JobID:20,JobArrayID:60,State:20,BatchFlag:10,Requeue:10,RestartCnt:10,NodeList:1000"
         try:
-            output = self._run("squeue", "--noheader", "--states=all", f"--jobs={job_id}", f"--Format={fields}")
+            output = self.run("squeue", "--noheader", "--states=all", f"--jobs={job_id}", f"--Format={fields}")
         except SlurmError as error:
             if "Invalid job id" in str(error):
                 return None
@@ -63,7 +66,7 @@ class Slurmctld:
     def in_prolog(self, node: str) -> list[Job]:
         """The jobs on a node whose Prolog has not ended, to slurmctld's mind. Raises SlurmError."""
         fields = "JobID:20,JobArrayID:60,BatchFlag:10,Requeue:10,Reason:40"
-        output = self._run(
+        output = self.run(
             "squeue", "--noheader", "--all", "--states=running", f"--nodelist={node}", f"--Format={fields}"
         )
         rows = [line.split() for line in output.splitlines()]
@@ -80,7 +83,7 @@ class Slurmctld:
         counted on by then.
         """
         fields = "JobID:20,RestartCnt:10,State:20"
-        output = self._run("squeue", "--noheader", "--all", "--states=all", f"--nodelist={node}", f"--Format={fields}")
+        output = self.run("squeue", "--noheader", "--all", "--states=all", f"--nodelist={node}", f"--Format={fields}")
         rows = [(int(job), int(restart), state) for job, restart, state in map(str.split, output.splitlines())]
         there = {(job, restart) for job, restart, state in rows if state in RUNNING}
         leaving = {job for job, _, state in rows if state == "COMPLETING"}
@@ -94,7 +97,7 @@ class Slurmctld:
         """
         if not job.requeue:
             self._update(job, "Requeue=1")
-        self._run("scontrol", "requeue", job.name)
+        self.run("scontrol", "requeue", job.name)
         self._update(job, f"StartTime=now+{delay}")
         if not job.requeue:
             self._update(job, "Requeue=0")
@@ -105,30 +108,30 @@ class Slurmctld:
         One that was requeued a moment ago is shown as completing until its Epilog has ended.
         """
         fields = "State:20,PriorityLong:20,EligibleTime:30"
-        words = self._run("squeue", "--noheader", "--states=all", f"--jobs={name}", f"--Format={fields}").split()
+        words = self.run("squeue", "--noheader", "--states=all", f"--jobs={name}", f"--Format={fields}").split()
         waits = len(words) == 3 and words[0] in ("PENDING", "COMPLETING") and words[1] != "0"
         return int(words[2]) if waits and words[2].isdigit() else None
 
     def wake(self, name: str) -> None:
         """Let a job that waits for its start time start at once."""
-        self._run("scontrol", "update", f"JobId={name}", "StartTime=now")
+        self.run("scontrol", "update", f"JobId={name}", "StartTime=now")
 
     def cancel(self, job: Job, message: str) -> None:
         """End a job and tell its user why."""
         with suppress(SlurmError):  # only a job with somebody to tell can be told
-            self._run("scontrol", "notify", str(job.id), message)
-        self._run("scancel", job.name)
+            self.run("scontrol", "notify", str(job.id), message)
+        self.run("scancel", job.name)
 
     def drain(self, node: str, reason: str) -> None:
         """Let no more jobs start on a node. A node that is drained already keeps the reason that it has."""
-        state = self._run("sinfo", "--noheader", f"--nodes={node}", "--format=%T")
+        state = self.run("sinfo", "--noheader", f"--nodes={node}", "--format=%T")
         if "drain" in state:
             return
-        self._run("scontrol", "update", f"NodeName={node}", "State=DRAIN", f"Reason={reason}")
+        self.run("scontrol", "update", f"NodeName={node}", "State=DRAIN", f"Reason={reason}")
 
     def show(self, *what: str, future: bool = False) -> str:
         """What `scontrol show` prints; with `future` of nodes that are not there yet."""
-        return self._run("scontrol", *(["--future"] if future else []), "show", *what)
+        return self.run("scontrol", *(["--future"] if future else []), "show", *what)
 
     def credential_seconds(self) -> int | None:
         """How long this Slurm may mistake a requeued job's new start for the old one; None if it never does.
@@ -144,10 +147,11 @@ class Slurmctld:
         return int(expire[1]) if expire and int(expire[1]) >= 5 else 120
 
     def _update(self, job: Job, setting: str) -> None:
-        self._run("scontrol", "update", f"JobId={job.name}", setting)
+        self.run("scontrol", "update", f"JobId={job.name}", setting)
 
-    def _run(self, *command: str) -> str:
-        import subprocess  # most calls of a hook run no command
+    def run(self, *command: str) -> str:
+        """What a Slurm command prints, odd bytes kept (surrogateescape). Raises SilentError, SlurmError."""
+        import subprocess  # not before it is needed: most calls of a hook run no command
 
         try:
             done = subprocess.run(
@@ -155,8 +159,6 @@ class Slurmctld:
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
-                text=True,
-                errors="replace",
                 timeout=self._seconds,
                 check=False,
             )
@@ -165,9 +167,10 @@ class Slurmctld:
         except OSError as error:
             raise SlurmError(f"{command[0]}: {error}") from error
         if done.returncode != 0:
-            text = f"{' '.join(command[:2])}: {' '.join(done.stderr.split()) or f'exit {done.returncode}'}"
+            fault = " ".join((done.stderr or done.stdout).decode(errors="replace").split())
+            text = f"{' '.join(command[:2])}: {fault or f'exit {done.returncode}'}"
             raise (SilentError if SILENT.search(text) else SlurmError)(text)
-        return done.stdout
+        return os.fsdecode(done.stdout)
 
 
 RUNNING = {"RUNNING", "CONFIGURING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING"}

@@ -11,11 +11,10 @@ import time
 from contextlib import suppress
 
 from rms import grant
-from slurm.slurmctld import Job, Slurmctld
+from slurm.slurmctld import HOOKS_SECONDS, Job, Slurmctld
 
 LOOK_AGAIN_SECONDS = 5.0
 """A Prolog that has just ended has told slurmctld by then, and one that is about to begin has begun."""
-HOOKS_SECONDS = 10
 
 
 def stuck(slurmctld: Slurmctld, node: str, run_dir: str) -> list[Job]:

@@ -77,7 +77,8 @@ class Hooks:
             wrapper,
             f'#!/bin/sh\necho "$*" >>{self.python_calls}\nexec {shlex.quote(sys.executable)} -I {inside} "$@"\n',
         )
-        made = site.files(site.kinds([("A100-80GB", 2, "n1")]), str(self.node.toml), str(self.etc / "slurm.conf"))
+        kind = site.kinds([("A100-80GB", 2, "n1")])
+        made = site.files(kind, str(self.node.toml), str(self.etc / "slurm.conf"), "sums")
         real = os.path.dirname(site._which("scontrol"))
         for name in site.HOOKS.values():
             text = made[name].replace(sys.executable, str(wrapper)).replace(f"{real}/$1", f"{self.bin}/$1")
@@ -333,6 +334,17 @@ def test_no_room_while_slurmctld_is_away(hooks: Hooks) -> None:
     hooks.prolog(7)
     assert "waiting for slurmctld" in hooks.log() and "requeued" in hooks.log()
     assert "scontrol [requeue] [7]\nscontrol [update] [JobId=7] [StartTime=now+" in hooks.calls()
+
+
+def test_what_is_misplaced_is_counted_by_whether_it_had_asked(hooks: Hooks) -> None:
+    hooks.prolog(1, comment=WHOLE_NODE)
+    hooks.prolog(7)  # as one that may preempt
+    hooks.prolog(7, SLURM_JOB_RESTART_COUNT="1", SLURM_JOB_CONSTRAINTS="ib&rms_3g.40gb_1")
+    lines = [json.loads(line) for line in (hooks.node.root / "audit.jsonl").read_text().splitlines()]
+    misplaced = [
+        (entry["run"][1:], entry["request"], entry["named"]) for entry in lines if entry["event"] == "misplaced"
+    ]
+    assert misplaced == [([7, 0], "3g.40gb:1", False), ([7, 1], "3g.40gb:1", True)]
 
 
 def test_no_room_and_slurm_says_no(hooks: Hooks) -> None:

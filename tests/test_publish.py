@@ -16,6 +16,7 @@ from conftest import Node
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import slurm.slurmctld
 from rms import demand, geometry, planner
 from rms.errors import NodeError
 from rms.geometry import Geometry, Placement
@@ -23,7 +24,20 @@ from rms.inventory import Allocation, Gpu, Instance, Intent, Owner, Run, State
 from rms.planner import Busy, GpuView, View
 from rms.request import Request, parse
 from slurm import publish
-from slurm.publish import NOTHING, Offer, Publisher, Record, changes, listed, name, offer, weight
+from slurm.publish import (
+    NOTHING,
+    Offer,
+    Publisher,
+    Record,
+    changes,
+    left,
+    listed,
+    name,
+    offer,
+    sent,
+    stands,
+    weight,
+)
 
 A100 = geometry.load("A100-80GB")
 MODELS = ["A100-80GB", "A30", "RTX-PRO-6000"]
@@ -107,6 +121,54 @@ def test_whatever_the_token_lets_in_fits_wherever_it_is_placed(
             layouts[gpu].append(place)
 
 
+@given(nodes(), st.randoms(use_true_random=False))
+@settings(max_examples=100, deadline=None)
+def test_what_was_told_stands_while_those_whom_it_lets_in_come_and_go(
+    node: tuple[Geometry, list[list[Placement]]], chance: random.Random
+) -> None:
+    """slurmctld goes by one offer all the time: whom it lets in fits, as long as the node says that it stands."""
+    known, layouts = node
+    before = state(known, layouts)
+    said, last = offer(before, "boot", 0.0), sent("", before, "boot")
+    mine = [(gpu, place) for gpu, layout in enumerate(layouts) for place in layout]
+    jobs: dict[tuple[int, Placement], int] = {}  # that have come since, each alone on its place
+
+    def now() -> State:
+        made = state(known, [[p for g, p in mine if g == gpu] for gpu in range(len(layouts))])
+        for gpu, place in jobs:
+            run = Run("new", jobs[gpu, place], 0)
+            instance = Instance(made.number() + 1000, place, "busy", 1, 0, "MIG")
+            made.gpus[gpu].instances.append(instance)
+            request = f"{place.profile}:1"
+            made.allocations.append(Allocation(run, 1, request, None, None, 0.0, "boot", [instance.generation], True))
+        return made
+
+    for number in range(1000, 1012):
+        here = now()
+        assert stands(last, here, "boot")
+        taken = sum(weight(known, parse(f"{place.profile}:1", known)) for _, place in jobs)
+        assert left(last, here) == pytest.approx(1 - taken / publish.span(known))
+        free = said.jobs - len(mine) - len(jobs)
+        single = [r for r in listed(known, len(layouts)) if name(r) in said.names and sum(r.counts) == 1]
+        allowed = [r for r in single if weight(known, r) <= publish.span(known) - taken] if free > 0 else []
+        if jobs and (not allowed or chance.random() < 0.4):
+            del jobs[chance.choice(list(jobs))]
+        elif allowed:
+            wanted = chance.choice(allowed)
+            held = [[p for g, p in (*mine, *jobs) if g == gpu] for gpu in range(len(layouts))]
+            found = planner.candidates(view(known, held), wanted.profiles[0])
+            assert found, f"{wanted} beside {held}"
+            place = chance.choice(found)
+            jobs[place.gpu, place.placement] = number
+    if mine:
+        mine.pop()
+        assert not stands(last, now(), "boot")
+        return
+    worse = now()
+    worse.gpus[0].instances.append(Instance(5000, known.placements(known.profiles[0].name)[0], "quarantined"))
+    assert not stands(last, worse, "boot") and not stands(last, now(), "another boot")
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_small_jobs_start_together_on_an_empty_gpu(model: str) -> None:
     known = geometry.load(model)
@@ -188,7 +250,7 @@ def test_only_the_token_and_our_names_change() -> None:
         "ActiveFeatures=a100,ib,rms_1g.10gb_1,rms_1g.10gb_2",
     ]
     assert changes(told(TOKEN, "a100"), NOTHING, "features") == ["Gres=migt:job:1,migt:size:1,migt:shut:334"]
-    assert changes(told("migt:job:1,migt:size:1,migt:shut:334", "a100"), NOTHING, "features") == []
+    assert changes(told("gpu:2(S:0-1),migt:job:1,migt:size:1,migt:shut:334", "a100"), NOTHING, "features") == []
 
 
 @given(st.integers(1, 1000), st.integers(1, 1000))
@@ -246,9 +308,10 @@ class Slurmctld:
         )
         for command in ("sinfo", "scontrol"):
             (root / command).chmod(0o755)
-        monkeypatch.setattr(publish, "PATH", f"{root}:/usr/bin:/bin")
+        monkeypatch.setattr(slurm.slurmctld, "PATH", f"{root}:/usr/bin:/bin")
         monkeypatch.setattr(publish, "RETRY_SECONDS", (0.1,))
         monkeypatch.setattr(publish, "PATIENCE", 60.0)
+        monkeypatch.setattr(publish, "TOGETHER_SECONDS", 0.3)
 
     def sizes(self) -> list[int]:
         """The token's sizes, in the order in which they were told."""
@@ -278,7 +341,7 @@ def test_nothing_older_follows_what_is_newer(node: Node, slurmctld: Slurmctld) -
         if (child := os.fork()) == 0:
             try:
                 node.acquire(job, "1g.10gb:1")
-                os._exit(0 if publisher(node).soon(60) else 1)
+                os._exit(0 if publisher(node).job_went(60) else 1)
             finally:
                 os._exit(2)
         children.append(child)
@@ -286,26 +349,73 @@ def test_nothing_older_follows_what_is_newer(node: Node, slurmctld: Slurmctld) -
     assert slurmctld.sizes() == sorted(slurmctld.sizes())
     assert slurmctld.sizes()[-1] == 8 + publish.span(A100)
     known = len(slurmctld.sizes())
-    assert publisher(node).soon() and len(slurmctld.sizes()) == known <= 8  # nothing new: nothing is sent
+    assert publisher(node).job_went(0) and len(slurmctld.sizes()) == known <= 8  # nothing new: nothing is sent
     slurmctld.gres.write_text("migt:job:900,migt:size:900,migt:shut:900")  # as after scontrol reconfigure
-    assert publisher(node).soon(60, again=True)
-    assert slurmctld.sizes()[known:] == [8 + publish.span(A100)]
+    publisher(node).anew()
+    until(lambda: slurmctld.sizes()[known:] == [8 + publish.span(A100)])
 
 
 def test_while_slurmctld_is_away_one_process_goes_on_trying(node: Node, slurmctld: Slurmctld) -> None:
     slurmctld.down.touch()
     node.acquire(1, "1g.10gb:1")
     began = time.monotonic()
-    assert not publisher(node).soon(0.3)
+    assert not publisher(node).job_went(0.3)
     assert time.monotonic() - began < 20
     node.acquire(2, "1g.10gb:1")
-    assert not publisher(node).soon()
+    assert not publisher(node).job_went(0)
     with pytest.raises(NodeError, match=r"is held by .* as long as slurmctld does not answer"):
         Publisher(node.config._replace(admission="features"), "", "n1", print).now(1.0)
     assert slurmctld.sizes() == []
     slurmctld.down.unlink()
     until(lambda: slurmctld.sizes()[-1:] == [2 + publish.span(A100)])
-    until(lambda: publisher(node).soon())
+    until(lambda: publisher(node).job_went(0))
+
+
+def test_what_comes_together_is_told_together_and_what_has_come_and_gone_not_at_all(
+    node: Node, slurmctld: Slurmctld
+) -> None:
+    node.acquire(1, "1g.10gb:1")
+    publisher(node).now()
+    assert slurmctld.sizes() == [1 + 7]
+    for job in (2, 3):
+        node.acquire(job, "1g.10gb:1")
+        publisher(node).job_came()
+    node.release(2)
+    assert publisher(node).job_went(0), "nobody has told slurmctld of it: nothing is to be taken back"
+    assert slurmctld.sizes() == [1 + 7]
+    until(lambda: slurmctld.sizes() == [1 + 7, 2 + 7])  # a moment later, and once
+    node.acquire(4, "4g.40gb:1")
+    publisher(node).job_came()  # takes all of the token: at once
+    until(lambda: slurmctld.sizes()[2:] == [2 + 7 + 7])
+    node.release(3)
+    assert publisher(node).job_went(60)
+    assert slurmctld.sizes()[3:] == [1 + 7 + 7], "one that slurmctld knows of"
+    time.sleep(0.5)
+    assert len(slurmctld.sizes()) == 4
+
+
+def test_an_update_that_may_or_may_not_have_come_through_is_not_relied_on(node: Node, slurmctld: Slurmctld) -> None:
+    publisher(node).now()
+    node.acquire(1, "1g.10gb:1")
+    slurmctld.down.touch()
+    with pytest.raises(NodeError, match="no contact"):
+        publisher(node).now()
+    node.release(1)
+    assert not publisher(node).job_went(0.1)
+    slurmctld.down.unlink()
+    until(lambda: publisher(node).job_went(0))
+
+
+def test_a_full_disk_does_not_make_it_try_for_ever(
+    node: Node, slurmctld: Slurmctld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    node.acquire(1, "1g.10gb:1")
+    monkeypatch.setattr(publish.files, "replace", full)
+    assert publisher(node).job_went(60)
+    assert slurmctld.sizes() == [1 + 7]
 
 
 def test_a_node_without_a_process_to_spare_drains_nothing(
@@ -317,7 +427,7 @@ def test_a_node_without_a_process_to_spare_drains_nothing(
     node.acquire(1, "1g.10gb:1")
     monkeypatch.setattr(os, "fork", fork)
     said: list[str] = []
-    assert not Publisher(node.config._replace(admission="features"), "", "n1", said.append).soon(60)
+    assert not Publisher(node.config._replace(admission="features"), "", "n1", said.append).job_went(60)
     assert said == ["cannot publish what fits: no process: Resource temporarily unavailable"]
 
 
