@@ -110,7 +110,7 @@ gpus = 2
 """)
         self.slurm_conf = str(memory / "slurm.conf")  # only written into the hooks: none of these asks slurmctld
         kinds = site.kinds([("A100-80GB", 2, NODE)])
-        site.write(site.files(kinds, str(self.toml), self.slurm_conf), str(memory))
+        site.write(site.files(kinds, str(self.toml), self.slurm_conf, "sums"), str(memory))
         self._live()
         self.kept = {path: path.read_bytes() for path in self._files()}
 

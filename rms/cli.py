@@ -88,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
         "--slurm-conf", metavar="PATH", default="/etc/slurm/slurm.conf", help="where they have slurm.conf"
     )
     verb.add_argument(
-        "--admission", choices=config.ADMISSIONS, help="what slurmctld is told of what fits (default: as rms.toml says)"
+        "--admission",
+        choices=config.ADMISSIONS,
+        help="what slurmctld is told of what fits (default: as rms.toml says, else the best for the Slurm here)",
     )
     verb.add_argument(
         "--preempting",
@@ -365,14 +367,21 @@ def _real(settings: config.Config) -> Iterator[NvmlDevice]:
 def slurm_config(options: argparse.Namespace) -> int:
     """Print or write what a site puts into its Slurm configuration."""
     from slurm import site
+    from slurm.slurmctld import Slurmctld, SlurmError
 
     if not len(options.model) == len(options.gpus) == len(options.nodes):
         raise RequestError("give --model, --gpus and --nodes once for each kind of node")
+    version = None
+    for program in ("slurmctld", "slurmd"):  # they need no slurm.conf to say it; one is on every machine of Slurm's
+        with suppress(SlurmError):
+            version = Slurmctld(options.slurm_conf).run(program, "-V").split()[-1]
+    admission, why = site.choose(options.admission, options.config, version)
+    print(f'admission = "{admission}": {why}', file=sys.stderr)
     made = site.files(
         site.kinds(zip(options.model, options.gpus, options.nodes, strict=True)),
         options.config,
         options.slurm_conf,
-        options.admission,
+        admission,
         options.preempting,
     )
     if options.write:

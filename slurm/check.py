@@ -11,8 +11,6 @@ from rms.geometry import Geometry
 from slurm import publish, site
 from slurm.slurmctld import Slurmctld, SlurmError
 
-NEEDED = {"features": (22, 5), "extra": (23, 11), "sums": (20, 11)}
-"""The oldest Slurm (major, minor) for each mode."""
 PARTS = {"JobSubmitPlugins": "lua", "PrologFlags": "Alloc"}
 """What must be among the values of a setting."""
 
@@ -47,9 +45,9 @@ def problems(
 ) -> Iterator[str]:
     """The same of what slurmctld has shown: its configuration, the node, and the one that is never there. Pure."""
     version = tuple(int(part) for part in re.findall(r"\d+", settings.get("SLURM_VERSION", ""))[:2])
-    if version < NEEDED[admission]:
+    if version < site.NEEDED[admission]:
         yield 'admission = "{}" needs Slurm {}.{:02} or newer, this is {}'.format(
-            admission, *NEEDED[admission], settings.get("SLURM_VERSION", "unknown")
+            admission, *site.NEEDED[admission], settings.get("SLURM_VERSION", "unknown")
         )
     types = {"mig", "migc", "migm"} | ({publish.TOKEN} if admission != "sums" else set())
     if lacking := types - set(_words(settings.get("GresTypes", ""))):

@@ -26,6 +26,8 @@ SENTINEL = "rmsfit"
 """The node that is never there: it has every name that a node may publish, or slurmctld would refuse the jobs that ask
 for one which no node publishes just now."""
 HEALTH_CHECK = "healthcheck"
+NEEDED = {"features": (22, 5), "extra": (23, 11), "sums": (20, 11)}
+"""The oldest Slurm (major, minor) for each mode of admission, the best mode first."""
 HOOKS = {"Prolog": "prolog", "Epilog": "epilog", "TaskProlog": "task_prolog"}
 
 
@@ -64,27 +66,20 @@ def files(
     cluster: Sequence[Kind],
     config_path: str,
     slurm_conf: str,
-    admission: str | None = None,
+    admission: str,
     preempting: Sequence[str] = (),
 ) -> dict[str, str]:
     """Every file of a site by its name, to lie beside slurm.conf: the hooks, the lua, and the lines for slurm.conf.
 
-    `admission` is the mode; None for what the configuration says, or `features` where there is none yet. `preempting`
-    are partitions and QOS whose jobs may preempt others.
+    `admission` is the mode (see `choose`), `preempting` are partitions and QOS whose jobs may preempt others.
     Raises RequestError on a name that can't be, NodeError if the configuration exists and can't be read.
     """
     if bad := [word for word in preempting if not re.fullmatch(r"[\w.-]+", word, re.ASCII)]:
         raise RequestError(f"{bad[0]!a} is no name of a partition or QOS")
     directory = os.path.dirname(slurm_conf)
-    # One for all nodes, or with %n in its name one for each.
-    present = {path: config.load(path, "%n") for path in sorted(glob.glob(glob.escape(config_path).replace("%n", "*")))}
-    run_dirs = {found.run_dir for found in present.values()} or {config.Config(()).run_dir}
+    run_dirs = {found.run_dir for found in _present(config_path).values()} or {config.Config(()).run_dir}
     if len(run_dirs) > 1:
         raise NodeError(f"{config_path}: the nodes must agree on run_dir, not have {' and '.join(sorted(run_dirs))}")
-    admission = admission or next((found.admission for found in present.values()), "features")
-    for path, found in present.items():
-        if found.admission != admission:
-            raise NodeError(f'{path} says admission = "{found.admission}": the nodes and the lua must agree')
     values = {
         "@PYTHON@": shlex.quote(sys.executable),
         "@CONFIG@": shlex.quote(config_path),
@@ -97,6 +92,36 @@ def files(
     made["rms_table.lua"] = table(cluster, admission, preempting)
     made[SETTINGS] = settings(cluster, directory, admission)
     return made
+
+
+def choose(wanted: str | None, config_path: str, version: str | None) -> tuple[str, str]:
+    """The mode of admission for a site, and why: what is wanted, else what the configuration says, else the best one
+    for the Slurm of this `version` ("22.05.8"; None where it is not known).
+
+    Raises NodeError where configuration and wish differ, or Slurm is too old for it.
+    """
+    present = {path: found.admission for path, found in _present(config_path).items()}
+    mode = wanted or next(iter(present.values()), None)
+    for path, says in present.items():
+        if says != mode:
+            raise NodeError(f'{path} says admission = "{says}": the nodes and the lua must agree')
+    found = tuple(int(part) for part in re.findall(r"\d+", version or "")[:2])
+    if mode:
+        if found and found < NEEDED[mode]:
+            raise NodeError(
+                'admission = "{}" needs Slurm {}.{:02} or newer, this is {}'.format(mode, *NEEDED[mode], version)
+            )
+        return mode, "as --admission says" if wanted else f"as {config_path} says"
+    if not found:
+        return "features", f"no Slurm was found here to choose for; {config_path} must say the same"
+    mode = next(mode for mode, oldest in NEEDED.items() if found >= oldest or mode == "sums")
+    return mode, f"the best for Slurm {version}; {config_path} must say the same"
+
+
+def _present(config_path: str) -> dict[str, config.Config]:
+    """The configurations that are there already: one for all nodes, or with %n in its name one for each."""
+    paths = sorted(glob.glob(glob.escape(config_path).replace("%n", "*")))
+    return {path: config.load(path, "%n") for path in paths}
 
 
 def settings(cluster: Sequence[Kind], directory: str, admission: str) -> str:

@@ -77,7 +77,7 @@ destroy_seconds = {destroy}
 nodes = "{root}/%n/nodes"
 """)
     cluster = site.kinds((one, gpus, f"n{node}") for node, one in enumerate(models, 1))
-    made = site.files(cluster, str(config), str(etc / "slurm.conf"), None, preempting)
+    made = site.files(cluster, str(config), str(etc / "slurm.conf"), admission, preempting)
     site.write(made, str(etc))
     root.chmod(0o755)
     for node in range(1, nodes + 1):

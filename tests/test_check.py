@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 
 from rms import cli
+from rms.errors import NodeError
 from slurm import publish, site
 from slurm.check import problems
 
 KIND = site.kinds([("A100-80GB", 2, "n1")])[0]
 NAMES = [publish.name(request) for request in publish.listed(KIND.known, KIND.gpus)]
+BEST = "features"
+"""On the newest Slurm."""
 MODES = ["features", "extra", "sums"]
 
 SETTINGS = {
@@ -107,6 +111,36 @@ def test_the_node() -> None:
 def test_the_node_that_is_never_there(never: dict[str, str], said: str) -> None:
     (one,) = found("features", never=never)
     assert said in one
+
+
+@pytest.mark.parametrize(
+    ("wanted", "says", "version", "mode"),
+    [
+        (None, None, "20.11.9", "sums"),
+        (None, None, "22.05.8", "features"),
+        (None, None, "23.02.7", "features"),
+        (None, None, "26.05.5", BEST),
+        (None, None, None, "features"),
+        ("sums", None, "26.05.5", "sums"),
+        (None, "sums", "26.05.5", "sums"),
+        ("features", "features", "22.05.8", "features"),
+        ("features", "sums", "22.05.8", None),
+        ("extra", None, "22.05.8", None),
+        (None, "extra", "23.02.7", None),
+    ],
+)
+def test_slurm_config_takes_what_fits_slurm_and_what_the_nodes_do(
+    tmp_path: Path, wanted: str | None, says: str | None, version: str | None, mode: str | None
+) -> None:
+    toml = tmp_path / "rms.toml"
+    if says:
+        toml.write_text(f'gpus = [0]\nadmission = "{says}"\n')
+    if mode:
+        found, why = site.choose(wanted, str(toml), version)
+        assert found == mode and (wanted or str(toml) in why)
+    else:
+        with pytest.raises(NodeError, match=r"must agree|needs Slurm 23\.11"):
+            site.choose(wanted, str(toml), version)
 
 
 @pytest.mark.parametrize("verb", ["doctor", "publish", "reconcile", "watch"])
