@@ -87,7 +87,7 @@ def test_a_name_is_published_exactly_if_its_request_fits(node: tuple[Geometry, l
 
 
 @given(nodes(), st.randoms(use_true_random=False), st.booleans())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_whatever_the_token_lets_in_fits_wherever_it_is_placed(
     node: tuple[Geometry, list[list[Placement]]], chance: random.Random, keeping: bool
 ) -> None:
@@ -122,7 +122,7 @@ def test_whatever_the_token_lets_in_fits_wherever_it_is_placed(
 
 
 @given(nodes(), st.randoms(use_true_random=False))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_what_was_told_stands_while_those_whom_it_lets_in_come_and_go(
     node: tuple[Geometry, list[list[Placement]]], chance: random.Random
 ) -> None:
