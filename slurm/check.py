@@ -13,6 +13,11 @@ from slurm.slurmctld import Slurmctld, SlurmError
 
 PARTS = {"JobSubmitPlugins": "lua", "PrologFlags": "Alloc"}
 """What must be among the values of a setting."""
+UNFIT = {
+    "NoHold": "srun and salloc would go on before their Prolog has ended",
+    "RunInJob": "RMS is not tested with it: what a hook leaves behind to publish ends with the job's cgroup",
+}
+"""What must not be among PrologFlags, and why."""
 
 
 def examine(config: Config, slurm_conf: str, node: str, state: inventory.State | None) -> list[str]:
@@ -55,6 +60,8 @@ def problems(
     for key, part in PARTS.items():
         if part.lower() not in [word.lower() for word in _words(settings.get(key, ""))]:
             yield f"slurm.conf: {key} lacks {part}"
+    flags = [word.lower() for word in _words(settings.get("PrologFlags", ""))]
+    yield from (f"slurm.conf: PrologFlags has {flag}: {why}" for flag, why in UNFIT.items() if flag.lower() in flags)
     yield from (f"slurm.conf: no {hook}" for hook in site.HOOKS if settings.get(hook, "(null)") in ("", "(null)"))
     if admission == "extra" and "extra_constraints" not in _words(settings.get("SchedulerParameters", "")):
         yield "slurm.conf: SchedulerParameters lacks extra_constraints: no job would wait for room"

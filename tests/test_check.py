@@ -69,6 +69,8 @@ def test_all_is_well(mode: str) -> None:
         ({"GresTypes": "gpu,mig,migm,migt"}, "GresTypes lacks migc"),
         ({"JobSubmitPlugins": "(null)"}, "JobSubmitPlugins lacks lua"),
         ({"PrologFlags": "(null)"}, "PrologFlags lacks Alloc"),
+        ({"PrologFlags": "Alloc,Contain,RunInJob"}, "PrologFlags has RunInJob"),
+        ({"PrologFlags": "Alloc,NoHold"}, "PrologFlags has NoHold"),
         ({"Epilog": "(null)"}, "no Epilog"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ PreemptMode=REQUEUE
 PartitionName=main Nodes=ALL Default=YES PriorityTier=1 State=UP
 PartitionName=high Nodes=ALL PriorityTier=10 State=UP
 PartitionName=polite Nodes=ALL PriorityTier=10 State=UP
+PartitionName=scrap Nodes=ALL PriorityTier=1 PreemptMode=CANCEL State=UP
 """
 
 
@@ -156,3 +158,20 @@ def test_a_job_that_may_preempt_does(slurm: RmsCluster) -> None:
     for job in (polite, *victims):  # those who have no place in the gate wait for it
         state(slurm, job, "COMPLETED", timeout=120)
     assert faults(slurm, above, polite, *victims) == []
+
+
+def test_a_job_that_may_preempt_by_cancelling_does(slurm: RmsCluster) -> None:
+    """The Epilog of the one that is cancelled makes the room, and what is misplaced meanwhile is counted apart."""
+    victims = [slurm.sbatch(WORK, "--gres=mig:7g:2", "--partition=scrap", user=slurm.users[1]) for _ in slurm.nodes]
+    running(slurm, *victims)
+    above = slurm.sbatch(records.script("sleep 0.1"), "--gres=mig:7g", "--partition=high", user=slurm.users[0])
+    state(slurm, above, "COMPLETED")
+    assert sorted(slurm.job(v)["JobState"] for v in victims) == ["PREEMPTED", "RUNNING"]
+    go_on(slurm)
+    (left,) = [v for v in victims if slurm.job(v)["JobState"] != "PREEMPTED"]
+    state(slurm, left, "COMPLETED")
+    assert faults(slurm, above, left) == []
+    lines = [line for node in slurm.nodes for line in (slurm.root / node / "audit.jsonl").read_text().splitlines()]
+    misplaced = [entry for entry in map(json.loads, lines) if entry["event"] == "misplaced"]
+    assert not any(entry["named"] for entry in misplaced)
+    assert {entry["run"][1] for entry in misplaced} <= {above}, "only one that goes without a name"
