@@ -29,7 +29,7 @@ FIT, GPU_SUMS, NODE_SUMS = 0, 1, 2
 WAKE, MADE = -1, -2
 # What is made ahead on a GPU, in World.making, if no placement: nothing; what a job took before its event has come;
 # nothing yet, but it is to be looked at.
-NOTHING, TAKEN, RELEASED = -1, -2, -3
+NOTHING, TAKEN, LOOK = -1, -2, -3
 # Places in World.tally and World.clock.
 ARRIVED, EVENTS, HEAD, TAIL, QUEUED, RESERVED, NONEMPTY, PEAK, RANDOM, AHEAD, USED = range(11)
 NOW, GATE, DRAINED, GPU_TIME = range(4)
@@ -41,7 +41,7 @@ class Node(NamedTuple):
     `reserve`: for the first waiting job that needs a whole GPU the one that drains first is kept, and only jobs that
     end by then are started there. `elastic`: an empty GPU is taken only when nothing else fits. `lazy`: instances stay
     when their job ends, for reuse, and are destroyed when in the way. `prewarm`: after a job has ended the instances
-    that are wanted for the free slices are made ahead (`lacking`), except over one used in the last `spared`. `create`
+    that are wanted are made ahead (`lacking`), except over one used or made in the last `spared`. `create`
     and `destroy` are times that delay a start. `latency` is the time from a start until Slurm knows of it and may start
     the next (the token). `hold` is how long a job waits that Slurm started and that did not fit.
     """
@@ -64,10 +64,10 @@ class World(NamedTuple):
     """A node at one moment, and what became of each job so far.
 
     By GPU: `state` (what is busy), `idle` (existing instances that nobody has, as bits), and by placement `began` (when
-    the job was started), `ends` (when its time limit is over) and `used` (when a job last left it). `room[p]` counts
-    the GPUs that can take profile p. Made ahead: `ahead` (idle instances that nobody has used yet, as bits), `making`
-    (the placement being made) and `made` (when it is there); `tally[AHEAD]` counts them, `tally[USED]` those that a job
-    got.
+    the job was started), `ends` (when its time limit is over) and `used` (when a job last left it, or it was made
+    ahead). `room[p]` counts the GPUs that can take profile p. Made ahead: `ahead` (idle instances that nobody has used
+    yet, as bits), `making` (the placement being made) and `made` (when it is there); `tally[AHEAD]` counts them,
+    `tally[USED]` those that a job got.
     By job: `start` (nan as long as it has none), `gpu` and `placement` (-1), how many instances were `created` and
     `destroyed` for it, how long that was its `delay`, and how often it was `misplaced`; a job of several instances has
     that many rows, as in `Jobs`.
@@ -401,10 +401,13 @@ def decide(t: Tables, node: Node, r: Rule, w: World, profile: int, end: float, n
 
 @compiled()
 def lacking(t: Tables, node: Node, r: Rule, w: World, g: int) -> int:
-    """The first instance that is wanted on a GPU and not there, -1 if there is none: its free slices are filled with
-    the profiles that are expected, by memory slices and the fewer of them are planned already, each where it costs
-    least value (as `policy.model.layout`). What was used lately is not destroyed for it."""
+    """The first instance that is wanted on a GPU and not there, -1 if there is none: beside what is busy, and what was
+    used or made lately, it is filled with the profiles that are expected, by memory slices and the fewer of them are
+    planned already, each where it costs least value (as `policy.model.layout`)."""
     state = w.state[g]
+    for k in range(len(t.overlaps)):
+        if (w.idle[g] >> k) & 1 and w.clock[NOW] - w.used[g, k] < node.spared:
+            state = t.after[state, k]
     w.planned[:] = 0.0
     while True:
         profile, most = -1, -1.0
@@ -422,12 +425,7 @@ def lacking(t: Tables, node: Node, r: Rule, w: World, g: int) -> int:
         w.planned[profile] += 1.0
         state = t.after[state, spot]
         if not (w.idle[g] >> spot) & 1:
-            spared = False
-            for k in range(len(t.overlaps)):
-                if (w.idle[g] & t.overlaps[spot]) >> k & 1 and w.clock[NOW] - w.used[g, k] < node.spared:
-                    spared = True
-            if not spared:
-                return spot
+            return spot
 
 
 @inlined()
@@ -449,6 +447,7 @@ def prepare(t: Tables, node: Node, r: Rule, w: World, g: int) -> None:
 @inlined()
 def appear(w: World, g: int) -> None:
     """The instance that was being made ahead is there."""
+    w.used[g, w.making[g]] = w.made[g]
     w.idle[g] |= 1 << w.making[g]
     w.ahead[g] |= 1 << w.making[g]
     w.tally[AHEAD] += 1
@@ -586,6 +585,7 @@ def advance(t: Tables, node: Node, r: Rule, jobs: Jobs, w: World, until: int) ->
         w.clock[GPU_TIME] += w.tally[NONEMPTY] * (now - w.clock[NOW])
         w.clock[NOW] = now
         if event <= arrival:
+            left = False
             while w.tally[EVENTS] > 0 and w.times[0] == now:  # a job's instances leave together
                 code = pop(w)
                 if code >= 0:
@@ -594,17 +594,16 @@ def advance(t: Tables, node: Node, r: Rule, jobs: Jobs, w: World, until: int) ->
                     if node.lazy:
                         w.idle[g] |= 1 << k
                         w.used[g, k] = now
-                    if node.prewarm and w.making[g] == NOTHING:
-                        w.making[g] = RELEASED
+                    left = True
                 elif code <= MADE:
                     if w.making[MADE - code] >= 0:
                         appear(w, MADE - code)
-                    w.making[MADE - code] = RELEASED
+                    w.making[MADE - code] = LOOK
             if w.tally[QUEUED] > 0:
                 scan(t, node, r, jobs, w)
             if node.prewarm:  # who waits comes first
                 for g in range(len(w.state)):
-                    if w.making[g] == RELEASED:
+                    if w.making[g] == LOOK or (left and w.making[g] == NOTHING):
                         prepare(t, node, r, w, g)
             continue
         w.tally[ARRIVED] += 1 + jobs.rest[arrived]
