@@ -37,10 +37,12 @@ check: $(VENV)/tools
 bench: $(VENV)/tools
 	$(BIN)/python benchmarks/hooks.py --write
 
-# The modes of admission side by side on a throw-away Slurm: about ten minutes.
+# The modes of admission side by side on a throw-away Slurm: about ten minutes, and four more for each further seed of
+# the last.
+SEEDS ?= 1
 bench-slurm: $(VENV)/tools | slurm
 	$(BIN)/python benchmarks/slurm_modes.py --write
-	$(BIN)/python benchmarks/starvation.py --write
+	$(BIN)/python benchmarks/starvation.py --seeds $(SEEDS) --write
 
 bench-policy: $(VENV)/tools
 	$(BIN)/python benchmarks/policy_targets.py --write $(QUICK)

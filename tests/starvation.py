@@ -12,8 +12,6 @@ from typing import NamedTuple
 import records
 from rms_cluster import rms_cluster
 
-SEED = 7
-
 
 class Waits(NamedTuple):
     """Seconds from submission to the first line of the job: the large job's, the small jobs' mean; the share of the
@@ -27,10 +25,10 @@ class Waits(NamedTuple):
     said: list[str]
 
 
-def run(root: Path, admission: str, watched: bool, seconds: float, before: int) -> Waits:
+def run(root: Path, admission: str, watched: bool, seconds: float, before: int, seed: int = 7) -> Waits:
     """1g jobs of 5 to 8 s, one each 0.6 s, for so many seconds; the 7g comes after `before` of them. All have a time
     limit of a minute. It goes on until all have run."""
-    chance = random.Random(SEED)
+    chance = random.Random(seed)
     with rms_cluster(root, nodes=1, create=0.05, destroy=0.05, cred_expire=5, admission=admission) as slurm:
         said: list[str] = []
         if watched:
