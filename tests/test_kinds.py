@@ -23,6 +23,12 @@ PartitionName=high Nodes=ALL PriorityTier=10 State=UP
 PartitionName=polite Nodes=ALL PriorityTier=10 State=UP
 PartitionName=scrap Nodes=ALL PriorityTier=1 PreemptMode=CANCEL State=UP
 """
+GANG = """\
+PreemptType=preempt/partition_prio
+PreemptMode=SUSPEND,GANG
+PartitionName=main Nodes=ALL Default=YES PriorityTier=1 OverSubscribe=FORCE:1 State=UP
+PartitionName=high Nodes=ALL PriorityTier=10 OverSubscribe=FORCE:1 State=UP
+"""
 
 
 @pytest.fixture(scope="module")
@@ -175,3 +181,17 @@ def test_a_job_that_may_preempt_by_cancelling_does(slurm: RmsCluster) -> None:
     misplaced = [entry for entry in map(json.loads, lines) if entry["event"] == "misplaced"]
     assert not any(entry["named"] for entry in misplaced)
     assert {entry["run"][1] for entry in misplaced} <= {above}, "only one that goes without a name"
+
+
+def test_nobody_is_preempted_by_being_suspended(slurm_root: Path) -> None:
+    root = slurm_root.with_name("gang")
+    with rms_cluster(root, nodes=1, admission="features", preempting=["high"], create=0.02, destroy=0.02,
+                     cred_expire=5, extra_conf=GANG) as gang:  # fmt: skip
+        victim = gang.sbatch(WORK, "--gres=mig:7g:2", user=gang.users[1])
+        running(gang, victim)
+        above = gang.sbatch(records.script("sleep 0.1"), "--gres=mig:7g", "--partition=high", user=gang.users[0])
+        gang.wait(lambda: gang.job(above)["Reason"] == "Resources", 60, "it waits")
+        assert gang.job(victim)["JobState"] == "RUNNING"
+        go_on(gang)
+        state(gang, above, "COMPLETED")
+        assert gang.job(victim)["SuspendTime"] == "None" and faults(gang, victim, above) == []
