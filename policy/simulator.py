@@ -403,7 +403,7 @@ def decide(t: Tables, node: Node, r: Rule, w: World, profile: int, end: float, n
 def lacking(t: Tables, node: Node, r: Rule, w: World, g: int) -> int:
     """The first instance that is wanted on a GPU and not there, -1 if there is none: beside what is busy, and what was
     used or made lately, it is filled with the profiles that are expected, by memory slices and the fewer of them are
-    planned already, each where it costs least value (as `policy.model.layout`)."""
+    planned already, each where it costs least value (as `policy.model.wish`)."""
     state = w.state[g]
     for k in range(len(t.overlaps)):
         if (w.idle[g] >> k) & 1 and w.clock[NOW] - w.used[g, k] < node.spared:
@@ -417,11 +417,13 @@ def lacking(t: Tables, node: Node, r: Rule, w: World, g: int) -> int:
                 profile, most = p, expected
         if profile < 0:
             return -1
-        spot = -1
+        spot, best = -1, 0.0
         for k in range(t.first[profile], t.first[profile + 1]):
             new = t.after[state, k]
-            if new >= 0 and (spot < 0 or r.value[new] > r.value[t.after[state, spot]]):
-                spot = k
+            if new >= 0:
+                value = r.value[new] + r.toll / 2e6 * ((w.idle[g] >> k) & 1)  # less to be made
+                if spot < 0 or value > best:
+                    spot, best = k, value
         w.planned[profile] += 1.0
         state = t.after[state, spot]
         if not (w.idle[g] >> spot) & 1:

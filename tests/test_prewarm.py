@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 from conftest import Node
 from hypothesis import given, settings
@@ -13,10 +15,11 @@ from test_publish import nodes
 from test_publish import state as published_state
 
 import controller
+from policy import evaluate, model, rules, seeds, simulator, transitions
 from rms import inventory, planner
 from rms.device import Nvml
 from rms.geometry import Geometry, Placement
-from rms.inventory import Instance, Owner
+from rms.inventory import Allocation, Gpu, Instance, Owner, Run, State
 from rms.planner import View
 from slurm.publish import offer
 
@@ -104,8 +107,6 @@ def test_nothing_is_made_where_something_is_out_of_order(node: Node) -> None:
 
 
 def test_without_a_model_nothing_is_made(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    from policy import model
-
     node.acquire(1, "1g")
     model.load.cache_clear()
     monkeypatch.setattr(model, "MAGIC", b"of another version")
@@ -163,3 +164,40 @@ def test_planning_beside_it(node: Node) -> None:
         assert whole and (inventory.prewarming(state, whole) is intent) == (
             state.gpus[whole[0].choice.candidate.gpu].uuid in mine
         )
+
+
+# The simulator makes the same.
+
+
+def test_the_simulator_makes_the_same_ahead() -> None:
+    """On random GPUs, with what was used lately and long ago, the next instance is the same one."""
+    moves, chance = transitions.load("A100-80GB"), random.Random(seeds.CHECKS[9])
+    t, of = rules.tables("A100-80GB"), model.load(moves.geometry)
+    node = simulator.Node(1, prewarm=True, lazy=True, spared=inventory.SPARED_SECONDS)
+    shares = model.estimate(of, View((), (), None, 0.0), moves.geometry)
+    rule = evaluate.learned(moves, np.array(shares), of)
+    made = 0
+    for _ in range(1500):
+        w = simulator.world(t, node, 0)
+        w.clock[simulator.NOW] = 1e6
+        gpu = Gpu("GPU-0", "A100-80GB")
+        state = State(gpus=[gpu], geometries={"A100-80GB": moves.geometry})
+        held = moves.states[chance.randrange(len(moves.states))]
+        for place in held:
+            status = chance.choice(["busy", "idle", "idle"])
+            used = 1e6 - chance.choice([10.0, 1e4])
+            gpu.instances.append(Instance(state.number(), place, status, 1, 0, "MIG", used=used))
+            k = moves.placements.index(place)
+            if status == "idle":
+                w.idle[0] |= 1 << k
+                w.used[0, k] = used
+            else:
+                w.state[0] = t.after[w.state[0], k]
+                run = Run("c", state.counter, 0)
+                state.allocations.append(Allocation(run, 1, "1g", None, None, 0.0, "", [state.counter], granted=True))
+        found = simulator.lacking(t, node, rule, w, 0)
+        intent = inventory.begin_prewarm(state, inventory.view(state, 1e6), controller.wish, Owner.me())
+        new = [i.placement for i in gpu.instances if i.status == "making"]
+        assert new == ([moves.placements[found]] if found >= 0 else []), (held, intent)
+        made += len(new)
+    assert made > 500
