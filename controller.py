@@ -29,7 +29,7 @@ from rms.errors import ClosedRunError, LockTimeoutError, NodeError, NoRoomError,
 from rms.geometry import Placement
 from rms.inventory import Allocation, Claim, Grants, Intent, Outcome, Owner, Run, State, Step, Survey
 from rms.planner import Decision, View
-from rms.request import Request, parse, printable
+from rms.request import MESSAGE, Request, parse, printable
 from rms.store import Damaged, Store
 
 SKEW_SECONDS = 300
@@ -39,6 +39,8 @@ BUDGET_SECONDS = 0.2
 shipped model needs half a millisecond for an instance on 8 GPUs, and to make one takes the GPU longer than this."""
 PAUSE_SECONDS = 0.1
 """Between two instances that are made ahead of time: who waits for a GPU's lock looks for it more often than that."""
+LONG_SECONDS = 0.1
+"""A look at a GPU that took longer is a look for all processes that have waited for it."""
 TRIES = 2
 """How often one call tries the hardware of a GPU that fails before it leaves that GPU out."""
 
@@ -61,7 +63,7 @@ class Controller:
         self,
         config: Config,
         choose: planner.Choose = planner.built_in,
-        log: Callable[[str], None] = lambda text: print(f"rms: {_line(text)}", file=sys.stderr),
+        log: Callable[[str], None] = lambda text: print(f"rms: {printable(text, MESSAGE)}", file=sys.stderr),
         rehearsal: bool = False,
     ) -> None:
         self.config = config
@@ -146,20 +148,24 @@ class Controller:
 
     def _acquire(self, run: Run, uid: int, spec: str, submit: int | None, limit: int | None) -> list[Granted]:
         failures: dict[str, list[str]] = {}
+        held: dict[int, float] = {}
         while True:
             with self._open("acquire") as state:
                 if standing := self._granted_already(state, run, submit):
                     return standing
                 older = self._over(state, run)
                 busy = next((i for i in state.intents if i.run == (older or run)), None)
+                planned = None
                 if older is None and busy is None:
                     grant.directory(self.config.run_dir)  # a fault of it must show before anything is changed
                     asked = parse(spec, next(iter(state.geometries.values())))
-                    decisions, line = self._plan(state, run, asked, limit, failures)
+                    planned = self._plan(state, run, asked, limit, failures, held)
+                if planned:
+                    decisions, line = planned
                     if busy := inventory.prewarming(state, decisions):
                         busy.yielding = True
                         self._store.save(state)
-                if older is None and busy is None:
+                if planned and busy is None:
                     self.audit.write("decision", run=run, request=str(asked), **line)
                     allocation = Allocation(run, uid, str(asked), submit, limit, time.time(), self._boot_id, [])
                     intent = inventory.reserve(state, decisions, allocation, self._owner)
@@ -173,7 +179,9 @@ class Controller:
                 self._wait(f"{what} is being worked on by process {busy.owner.pid}")
             elif older is not None:
                 self._release(older)
-            elif granted := self._fulfil(intent, uid, steps if self._pass(ahead, steps) else [], failures):
+            elif planned is None:
+                time.sleep(hardware.RETRY_SECONDS)  # who holds what we could have may be about to end
+            elif granted := self._fulfil(intent, uid, steps if self._pass(ahead, steps) else [], failures, held):
                 return granted
 
     def _over(self, state: State, run: Run) -> Run | None:
@@ -211,9 +219,16 @@ class Controller:
         return granted
 
     def _plan(
-        self, state: State, run: Run, asked: Request, limit: int | None, failures: dict[str, list[str]]
-    ) -> tuple[list[Decision], dict[str, Any]]:
-        """The decisions for a request, and what the audit log says of them."""
+        self,
+        state: State,
+        run: Run,
+        asked: Request,
+        limit: int | None,
+        failures: Mapping[str, Sequence[str]],
+        held: Mapping[int, float],
+    ) -> tuple[list[Decision], dict[str, Any]] | None:
+        """The decisions for a request, and what the audit log says of them. None where there is no other place than one
+        that this call has found held, and it may wait for that; `held` says of such instances until when."""
         now = time.time()
         view = inventory.view(state, now)
         left = {gpu.uuid for gpu in state.gpus if gpu.left}
@@ -238,6 +253,12 @@ class Controller:
                     view = beside
         # A job that slurmctld has let in before it knew what is to be kept is not sent back for that.
         decisions = decisions or planner.plan(view, asked, end, self._choose)
+        if decisions is None and any(
+            i.trouble == "held" and time.monotonic() < held.get(i.generation, 0.0)
+            for gpu in state.gpus
+            for i in gpu.instances
+        ):
+            return None
         if decisions is None:
             grant.refuse(self.config.run_dir, run)
             self.audit.write("refused", run=run, request=str(asked), gpus=picture(view))
@@ -264,9 +285,10 @@ class Controller:
         return True
 
     def _fulfil(
-        self, intent: Intent, uid: int, steps: Sequence[Step], failures: dict[str, list[str]]
+        self, intent: Intent, uid: int, steps: Sequence[Step], failures: dict[str, list[str]], held: dict[int, float]
     ) -> list[Granted] | None:
-        """Phases 2 and 3. None if the hardware would not: the inventory knows why, and another plan may do."""
+        """Phases 2 and 3. None if the hardware would not: the inventory knows why, and another plan may do. `failures`
+        and `held` are told what failed, and what is held."""
         with self._store.hardware([step.gpu for step in steps], f"run {intent.run}"):
             if not any(i.number == intent.number for i in self._store.glance().intents):
                 return None  # the state was lost and recovered before we had the locks: others may plan with our slices
@@ -290,6 +312,8 @@ class Controller:
         self._tell(outcomes, broken)
         for gpu, fault in broken.items():
             failures.setdefault(gpu, []).append(fault)
+        until = min(held.values(), default=self._patience())
+        held |= {outcome.generation: until for outcome in outcomes if outcome.trouble == "held"}
         if granted:
             self.audit.write("granted", run=intent.run, instances=granted, prewarmed=prewarmed)
         return granted
@@ -339,20 +363,19 @@ class Controller:
 
     def _let_go(self, steps: Sequence[Step]) -> tuple[list[Outcome], dict[str, str]]:
         """Phase 2 of a release: wait, without a lock, until no process holds the instances or patience ends."""
-        until = min(time.monotonic() + self.config.holder_seconds, self._deadline)
+        until = self._patience()
         while True:
-            outcomes: list[Outcome] = []
-            broken: dict[str, str] = {}
             with self._store.hardware([step.gpu for step in steps], "release"):
-                for step in steps:
-                    try:
-                        outcomes.append(hardware.look(self._device, step))
-                    except DeviceError as error:
-                        broken[step.gpu] = str(error)
-                        outcomes.append(Outcome(step.generation, step.gi, step.ci, step.uuid, "held", str(error)))
+                outcomes, broken = hardware.look(self._device, steps)
             if broken or not any(outcome.trouble for outcome in outcomes) or time.monotonic() > until:
                 return outcomes, broken
             time.sleep(hardware.RETRY_SECONDS)
+
+    def _patience(self) -> float:
+        """Until when to wait for who holds an instance: half of the time that is left at most, the rest is for what
+        follows."""
+        now = time.monotonic()
+        return now + min(self.config.holder_seconds, (self._deadline - now) / 2)
 
     def _tell(self, outcomes: Sequence[Outcome], broken: Mapping[str, str]) -> None:
         for outcome in outcomes:
@@ -455,9 +478,14 @@ class Controller:
 
     def _mend(self, claim: Claim) -> None:
         """Compare GPUs with their records: what dead processes left, what is in doubt, what is quarantined."""
+        since = time.monotonic()
         for gpu in claim.gpus:
             with self._store.hardware([gpu], "mend"):
+                known = next((g for g in self._store.glance().gpus if g.uuid == gpu), None)
+                if not claim.intents and known and not known.doubt and known.looked > since:
+                    continue  # another process has had a long look at it while we waited for that
                 survey: Survey | str
+                began = time.monotonic()
                 try:
                     survey = hardware.survey(self._device, gpu, claim, self._rehearsal)
                 except DeviceError as error:
@@ -466,12 +494,17 @@ class Controller:
                     record = next((g for g in state.gpus if g.uuid == gpu), None)
                     if record is None:
                         continue  # taken out of the configuration meanwhile
-                    before = record.fault
+                    before, lost = record.fault, inventory.lost(state)
                     told = inventory.mend(state, record, survey, claim.intents, self._grants(), time.time())
                     told += hardware.fence_all(self._device, state, record, before, self._rehearsal)
+                    lost = inventory.lost(state) - lost
+                    if time.monotonic() - began > LONG_SECONDS:
+                        record.looked = began
                     self._store.save(state)
             for line in told:
                 self._report(line)
+            for run, where, placement in sorted(lost):
+                self.audit.write("lost", run=run, gpu=where, placement=str(placement))
         if claim.intents:
             self._report(f"took over {len(claim.intents)} unfinished change(s) of processes that are gone")
 
@@ -601,7 +634,7 @@ def main(arguments: Sequence[str]) -> int:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
-            self.exit(2, f"rms: {_line(message)}; controller.py --help tells more\n")
+            self.exit(2, f"rms: {printable(message, MESSAGE)}; controller.py --help tells more\n")
 
     parser = Parser(prog="controller.py", description="Gives runs of jobs their MIG instances.")
     parser.add_argument("--gpus", type=_whole, metavar="N", help="standard-input mode: provision at most N GPUs")
@@ -636,14 +669,9 @@ def main(arguments: Sequence[str]) -> int:
         else:
             granted = controller.acquire(run, options.uid, options.request, options.submit, options.limit)
     except RmsError as error:
-        if options.json:
-            print(json.dumps({"schema": 1, "error": str(error), "code": error.code}))
-        else:
-            print(f"rms: {_line(str(error))}", file=sys.stderr)
-        return error.code
+        return _fail(str(error), error.code, options.json)
     except Exception as error:  # a fault of RMS itself
-        print(f"rms: internal error: {_line(f'{type(error).__name__}: {error}')}", file=sys.stderr)
-        return 1
+        return _fail(f"internal error: {type(error).__name__}: {error}", RmsError.code, options.json)
     if options.json:
         instances = [{**g._asdict(), "placement": g.placement._asdict()} for g in granted]
         print(json.dumps({"schema": 1, "run": str(run), "instances": instances}))
@@ -653,17 +681,22 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _fail(text: str, code: int, as_json: bool) -> int:
+    if as_json:
+        import json
+
+        print(json.dumps({"schema": 1, "error": text, "code": code}))
+    else:
+        print(f"rms: {printable(text, MESSAGE)}", file=sys.stderr)
+    return code
+
+
 def _whole(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 16):
         from argparse import ArgumentTypeError
 
         raise ArgumentTypeError(f"{printable(text)!r} is not a whole number")
     return int(text)
-
-
-def _line(text: str) -> str:
-    """Text as one line: what can't be printed is escaped, and no message is longer than a screen."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:2000])
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ class Config(NamedTuple):
     deadline_seconds: float = 60.0
     """The longest that one transaction waits for locks and for the GPUs."""
     holder_seconds: float = 5.0
-    """How long a release waits for processes that outlive their job, before the instance is quarantined."""
+    """How long to wait for a process that holds an instance: a release before the instance is quarantined, an acquire
+    that has no other place before it gives up."""
     interactive_wait_seconds: float = 60.0
     """How long the Prolog of a job that can't be requeued (srun, salloc) waits for room."""
     fence: bool = True

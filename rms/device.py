@@ -101,7 +101,7 @@ class Device(Protocol):
         """`MIG-...`, the name for CUDA_VISIBLE_DEVICES. The same place may get the same one again: never a key."""
 
     def holders(self, gpu: str, gi: int, ci: int) -> Sequence[int]:
-        """Process ids that hold the instance now, or have its capability nodes open."""
+        """Process ids that hold the instance now, as far as the driver tells; see `rms.hardware.holders`."""
 
     def clients(self, gpu: str) -> Sequence[int]:
         """Process ids that have the whole GPU, not an instance: meanwhile creating and destroying are IN_USE."""

@@ -55,6 +55,7 @@ def _access(device: NvmlDevice, board: Board, state: State) -> Iterator[str]:
     if not (board.mig and board.mig[0]) or any(offer.placements is None for offer in board.offers):
         return  # it has no instances, or only root may ask for them
     records = {i.gi: i for gpu in state.gpus if gpu.uuid == board.uuid for i in gpu.instances}
+    look = fence.Look(everybody=True)  # what keeps an instance from being destroyed may be root's as well
     users = {generation: {a.uid} for a in state.allocations for generation in a.instances}
     try:
         if device.config and os.path.lexists(device.config.node) and fence.readers(device.config) != set():
@@ -62,9 +63,12 @@ def _access(device: NvmlDevice, board: Board, state: State) -> Iterator[str]:
         for instance in device.instances(board.uuid):
             record = records.get(instance.gi)
             if record and record.status == "quarantined":
-                pids = [] if instance.ci is None else device.holders(board.uuid, instance.gi, instance.ci)
-                who = ", ".join(f"{pid} ({_command(pid)}, uid {_user(pid)})" for pid in pids)
-                yield f"{instance.placement} is quarantined: {f'held by process {who}' if who else record.note}"
+                pids = {*look.holders(device.capabilities(board.uuid, instance.gi, instance.ci))}
+                pids |= {*device.holders(board.uuid, instance.gi, instance.ci)} if instance.ci is not None else set()
+                who = ", ".join(f"{pid} ({_command(pid)}, uid {_user(pid)})" for pid in sorted(pids))
+                notes = [record.note] if record.trouble != "held" or not who else []
+                notes += [f"held by process {who}"] if who else []
+                yield f"{instance.placement} is quarantined: {'; '.join(notes)}"
             if record and record.intent is not None:
                 continue  # it is being given or taken just now
             theirs = users.get(record.generation, set()) if record else set()

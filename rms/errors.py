@@ -1,6 +1,6 @@
 """Whose fault it was. One class per answer that a caller can give; `rms.cli` and `controller` turn them into one line.
 
-Exit codes (also in docs/admin.md): 0 done, 1 a fault of RMS itself, 2 usage, then one per class below.
+Exit codes (also in docs/admin.md): 0 done, 1 a fault of RMS itself, then one per class below.
 """
 
 
@@ -8,6 +8,12 @@ class RmsError(Exception):
     """Base of all that RMS raises on purpose: the text is one line that says what to do."""
 
     code = 1
+
+
+class UsageError(RmsError):
+    """A command line that makes no sense."""
+
+    code = 2
 
 
 class RequestError(RmsError):

@@ -19,7 +19,7 @@ import stat
 import struct
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 from rms.device import Capability, DeviceError, Nvml
 
@@ -34,8 +34,8 @@ node with many threads; elsewhere all of them are looked at."""
 _FILES = 2  # KCMP_FILES
 _MODIFY = "DeviceFileModify"
 _SETTLE_SECONDS = 2.0
-SCAN_SECONDS = 2.0
-"""How long one look for open nodes may take: as many files as users have open, at about 20 microseconds each."""
+SCAN_SECONDS = 1.0
+"""How long one look for open nodes may take: as many files as users have open, at about 5 microseconds each."""
 _UNSEEN = -1
 
 
@@ -246,49 +246,69 @@ def _names(users: set[int]) -> str:
     return f"user {', '.join(map(str, sorted(users)))}" if users else "nobody"
 
 
-def holders(capabilities: Sequence[Capability]) -> list[int]:
-    """The processes that have one of the nodes open. Those that are root's alone are left out: they may open any node
-    at any time, and monitoring may keep one open for good.
+class Look:
+    """One look at who has device nodes open, taken when it is first asked: right for all that was fenced before.
 
-    A user who has so many files open that they can't be looked at in time is taken for a holder: that keeps instances
-    from being granted, but holds no hook up.
+    Processes that are root's alone are left out, unless `everybody` is asked for: they may open any node at any time,
+    and monitoring may keep one open for good. A user who has so many files open that they can't be looked at in time
+    is taken for a holder: that keeps instances from being granted, but holds no hook up.
     """
-    if not capabilities:
-        return []
-    sought = {_UNSEEN, *(capability.device for capability in capabilities)}
-    until = time.monotonic() + SCAN_SECONDS
-    pids = map(int, filter(str.isdecimal, os.listdir("/proc")))
-    return [pid for pid in pids if not sought.isdisjoint(_open(pid, until))]
+
+    def __init__(self, everybody: bool = False) -> None:
+        self._everybody = everybody
+        self._devices: dict[int, set[int]] = {}
+        self._taken = False
+
+    def holders(self, capabilities: Sequence[Capability]) -> list[int]:
+        """The processes that have one of the nodes open."""
+        if not capabilities:
+            return []
+        if not self._taken:
+            self._taken = True
+            until = time.monotonic() + SCAN_SECONDS
+            for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
+                with suppress(OSError):  # it ends meanwhile
+                    if self._everybody or not roots(pid):
+                        self._devices[pid] = set(_open(pid, until))
+        sought = {_UNSEEN, *(capability.device for capability in capabilities)}
+        return [pid for pid, devices in self._devices.items() if not sought.isdisjoint(devices)]
 
 
 def _open(pid: int, until: float) -> Iterator[int]:
     """The character devices that a process has open for reading; _UNSEEN where there is no time left to look."""
-    with suppress(OSError):  # it ends meanwhile
-        if roots(pid):
-            return
-        import ctypes
+    import ctypes
 
-        libc = ctypes.CDLL(None)
-        found = ctypes.create_string_buffer(256)
-        compare = _KCMP.get(os.uname().machine)
-        # Nearly always all threads share the first one's files. Each may have its own, and the first may have ended.
-        for task in os.listdir(f"/proc/{pid}/task"):
-            if compare and int(task) != pid and libc.syscall(compare, pid, int(task), _FILES, 0, 0) == 0:
-                continue
-            table = f"/proc/{pid}/task/{task}/fd"
-            with suppress(OSError):
-                for name in os.listdir(table):
-                    if time.monotonic() > until:
-                        yield _UNSEEN
-                        return
-                    # Not os.stat: it asks the file system, and one of a user's own (FUSE) may never answer.
-                    path = f"{table}/{name}"
-                    if libc.statx(-100, path.encode(), _NO_SYNC, 1, found):
-                        continue
-                    mode, major, minor = *struct.unpack_from("H", found, 28), *struct.unpack_from("II", found, 128)
-                    # Anybody may have a node open with O_PATH, which gives no right to it, and no bit on the link.
-                    if stat.S_ISCHR(mode) and os.lstat(path).st_mode & 0o400:
-                        yield os.makedev(major, minor)
+    libc = ctypes.CDLL(None)
+    found = ctypes.create_string_buffer(256)
+    compare = _KCMP.get(os.uname().machine)
+    # Nearly always all threads share the first one's files. Each may have its own, and the first may have ended.
+    for task in os.listdir(f"/proc/{pid}/task"):
+        if time.monotonic() > until:
+            yield _UNSEEN
+            return
+        if compare and int(task) != pid and libc.syscall(compare, pid, int(task), _FILES, 0, 0) == 0:
+            continue
+        with suppress(OSError), _directory(f"/proc/{pid}/task/{task}/fd") as table, os.scandir(table) as files:
+            for file in files:
+                if time.monotonic() > until:
+                    yield _UNSEEN
+                    return
+                # Not os.stat: it asks the file system, and one of a user's own (FUSE) may never answer.
+                if libc.statx(table, file.name.encode(), _NO_SYNC, 1, found):
+                    continue
+                # Anybody may have a node open with O_PATH, which gives no right to it, and no bit on the link.
+                (mode,) = struct.unpack_from("H", found, 28)
+                if stat.S_ISCHR(mode) and os.lstat(file.name, dir_fd=table).st_mode & 0o400:
+                    yield os.makedev(*struct.unpack_from("II", found, 128))
+
+
+@contextmanager
+def _directory(path: str) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def roots(pid: int) -> bool:

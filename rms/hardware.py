@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 
 from rms import fence
 from rms.config import Config
@@ -129,7 +130,7 @@ def make(device: Device, step: Step) -> Outcome:
         ci = device.create_compute_instance(step.gpu, gi)
         admit(device, step.gpu, gi, ci, None)
         made = Outcome(step.generation, gi, ci, device.uuid(step.gpu, gi, ci))
-        pids = device.holders(step.gpu, gi, ci)  # who was quicker than the fence
+        pids = holders(device, step.gpu, gi, ci, fence.Look())  # who was quicker than the fence
     except DeviceError:
         with suppress(DeviceError):
             if ci is not None:
@@ -153,7 +154,7 @@ def take(device: Device, step: Step, deadline: float) -> Outcome:
     stands = Outcome(step.generation, gi, ci, step.uuid)
     _find(device, step)
     admit(device, step.gpu, gi, ci, None)
-    if pids := device.holders(step.gpu, gi, ci):
+    if pids := holders(device, step.gpu, gi, ci, fence.Look()):
         return stands._replace(trouble="held", note=_held_by(pids))
     if step.status == "busy":
         return stands
@@ -194,21 +195,46 @@ def _patiently(destroy: Callable[[], None], until: float) -> None:
         time.sleep(RETRY_SECONDS)
 
 
-def look(device: Device, step: Step) -> Outcome:
-    """Fence an instance from the user whose run has ended, and look whether anybody still holds it.
+def holders(device: Device, gpu: str, gi: int, ci: int, look: fence.Look) -> list[int]:
+    """The processes that hold an instance: those that the driver lists, and users' that have its nodes open.
 
     Raises DeviceError.
     """
-    stands = Outcome(step.generation, step.gi, step.ci, step.uuid)
-    try:
-        _find(device, step)
-        admit(device, step.gpu, step.gi, step.ci, None)
-        pids = device.holders(step.gpu, step.gi or 0, step.ci or 0)
-    except DeviceError as error:
-        if error.code == Nvml.NOT_FOUND:  # it vanished while the job ran: nothing to take back
-            return Outcome(step.generation, None, None, None)
-        raise
-    return stands._replace(trouble="held", note=_held_by(pids)) if pids else stands
+    return sorted({*device.holders(gpu, gi, ci), *look.holders(device.capabilities(gpu, gi, ci))})
+
+
+def look(device: Device, steps: Sequence[Step]) -> tuple[list[Outcome], dict[str, str]]:
+    """Fence instances from the user whose run has ended, and look whether anybody still holds them; says which GPU
+    failed, and why."""
+    shut = fence.Look()  # taken when all of them are
+    outcomes = [Outcome(step.generation, step.gi, step.ci, step.uuid) for step in steps]
+    broken = {}
+    for ask in (_shut, partial(_let_go, look=shut)):
+        for number, step in enumerate(steps):
+            if outcomes[number].trouble or outcomes[number].gi is None:
+                continue
+            try:
+                note = ask(device, step)
+            except DeviceError as error:
+                if error.code == Nvml.NOT_FOUND:  # it vanished while the job ran: nothing to take back
+                    outcomes[number] = Outcome(step.generation, None, None, None)
+                    continue
+                broken[step.gpu] = note = str(error)
+            if note:
+                outcomes[number] = outcomes[number]._replace(trouble="held", note=note)
+    return outcomes, broken
+
+
+def _shut(device: Device, step: Step) -> str:
+    _find(device, step)
+    admit(device, step.gpu, step.gi, step.ci, None)
+    return ""
+
+
+def _let_go(device: Device, step: Step, look: fence.Look) -> str:
+    """Why an instance is not let go; empty if it is."""
+    pids = holders(device, step.gpu, step.gi or 0, step.ci or 0, look)
+    return _held_by(pids) if pids else ""
 
 
 def survey(device: Device, gpu: str, claim: Claim = NOTHING, rehearsal: bool = False) -> Survey:
@@ -217,9 +243,10 @@ def survey(device: Device, gpu: str, claim: Claim = NOTHING, rehearsal: bool = F
     In a rehearsal nothing is removed, and what would be is left out.
     """
     seen, held, refused = [], {}, {}
+    look = fence.Look()
     for found in device.instances(gpu):
         ours = (gpu, found.placement) in (claim.places if found.ci is None else claim.refused)
-        if found.ci is not None and (pids := device.holders(gpu, found.gi, found.ci)):
+        if found.ci is not None and (pids := holders(device, gpu, found.gi, found.ci, look)):
             held[found.gi] = _held_by(pids)
         elif ours and rehearsal:
             continue

@@ -114,7 +114,8 @@ class Gpu:
     """One managed GPU. `doubt` says why its records must be compared with the hardware before they are believed;
     `fault` why it is not offered at all. `left`: the config no longer names it, but a job still holds an instance.
     `model` is that of another GPU of the node as long as this one has never answered. `tries` counts how often what is
-    wrong with it was looked at in vain, `retry` is when to look again (epoch)."""
+    wrong with it was looked at in vain, `retry` is when to look again (epoch), `looked` when the last look that took
+    long has begun (time.monotonic)."""
 
     uuid: str
     model: str
@@ -124,6 +125,7 @@ class Gpu:
     left: bool = False
     tries: int = 0
     retry: float = 0.0
+    looked: float = 0.0
 
 
 @dataclass
@@ -621,6 +623,16 @@ def _judge(actual: DeviceInstance, survey: Survey, lost: int, before: Trouble) -
     if actual.ci is None:
         return "half-made", refusal or "half-made"
     return ("refused", refusal or "the GPU would not destroy it") if before == "refused" else ("", "")
+
+
+def lost(state: State) -> set[tuple[Run, str, Placement]]:
+    """What runs have and can't use: what vanished, and what is on a GPU that does not answer."""
+    return {
+        (allocation.run, gpu.uuid, instance.placement)
+        for allocation in state.allocations
+        for gpu, instance in state.held(allocation)
+        if instance.trouble == "lost" or (gpu.fault and not gpu.left)
+    }
 
 
 def _where(gpu: Gpu, placement: Placement) -> str:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from rms import fence, hardware
 from rms.config import Config
 from rms.device import DeviceError, Nvml
 from rms.errors import NodeError
@@ -54,11 +55,11 @@ def _empty(device: NvmlDevice, gpu: str, state: State) -> None:
     for record in next((known.instances for known in state.gpus if known.uuid == gpu), []):
         if record.status != "idle":
             raise NodeError(f"GPU {gpu}: {record.placement} is {record.status}; drain the node and try again")
-    there = device.instances(gpu)
+    there, look = device.instances(gpu), fence.Look()
     for instance in there:
         if instance.ci is None:
             raise NodeError(f"GPU {gpu}: GPU instance {instance.gi} is not whole; `nvidia-smi mig` removes it")
-        if pids := device.holders(gpu, instance.gi, instance.ci):
+        if pids := hardware.holders(device, gpu, instance.gi, instance.ci, look):
             raise NodeError(f"GPU {gpu}: {instance.placement} is held by process {', '.join(map(str, pids))}")
     for instance in there:
         if instance.ci is not None:

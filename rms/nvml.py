@@ -162,8 +162,7 @@ class NvmlDevice:
             on_it = _processes(device)
             # The whole GPU's list too: it has the processes of every compute instance that somebody made in this GI.
             beside = [process for process in _processes(self._gpu(gpu)) if process.gpuInstanceId == gi]
-        opened = fence.holders(self.capabilities(gpu, gi, ci))
-        return sorted({int(process.pid) for process in (*on_it, *beside)} | set(opened))
+        return sorted({int(process.pid) for process in (*on_it, *beside)})
 
     def clients(self, gpu: str) -> Sequence[int]:
         with _asking("processes on the GPU"):

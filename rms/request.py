@@ -19,6 +19,8 @@ COMMENT_TAG = "rms1:"
 MAX_BYTES = 1024
 """Longest request and longest comment: slurmctld's own limit for a comment."""
 MAX_COUNT = 999
+MESSAGE = 2000
+"""Longest message of one line, about a screen."""
 
 _ITEM = re.compile(r"(?:mig:)?([0-9a-z.+-]{1,40})(?::([0-9]{1,9}))?", re.ASCII | re.IGNORECASE)
 _COMMENT = re.compile(r"rms1:([^;]{1,1000});s=([0-9]{1,12});l=([0-9]{1,9});", re.ASCII)
@@ -53,8 +55,12 @@ class Ticket(NamedTuple):
 
 
 def printable(text: str, most: int = 60) -> str:
-    """Untrusted text, fit for one line of a message or a log: shortened, control characters escaped."""
-    return (text if len(text) <= most else text[: most - 3] + "...").encode("unicode_escape").decode()
+    """Untrusted text, fit for one line of a message or a log: shortened, and what is no printable ASCII is escaped.
+
+    A second time changes nothing any more, so a message may quote such text and be treated as a whole too.
+    """
+    text = text if len(text) <= most else text[: most - 3] + "..."
+    return "".join(c if c.isascii() and c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def parse(spec: str, geometry: Geometry) -> Request:

@@ -100,8 +100,8 @@ class Log:
 
 
 def _unlinked(path: str, flags: int) -> int:
-    # A site may have put the file where users write.
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
+    # A site may have put the file where users write: no link is followed, and a FIFO not waited for.
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o640)
 
 
 def prolog(hook: Hook, config: Config, slurm_conf: str, log: Log) -> int:

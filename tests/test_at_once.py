@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
+import pynvml
 import pytest
 import test_crash
 from conftest import Node, overlaps
 from test_controller import life
-from test_crash import die_at
+from test_crash import doomed, fate
+from test_nvml import STEPS
 
+from rms import hardware, store
 from rms.errors import NoRoomError
 
 CREATE, DESTROY = 0.5, 0.8
@@ -90,17 +96,25 @@ def sixty_four(node: Node) -> tuple[float, float]:
     return busiest, seconds
 
 
-def test_a_call_may_die_anywhere_while_others_are_at_work(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in test_crash.py, but with three others who acquire and release all the time, and take over what is left."""
+@pytest.mark.parametrize("kind", ["simulated", "nvml"])
+def test_a_call_may_die_anywhere_while_others_are_at_work(
+    fast_dir: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in test_crash.py and test_nvml.py, but with four processes at work: three die, each at a step of its own; the
+    fourth takes over what is left, and notices nothing else."""
     changes = test_crash.changes
 
     def counts(name: str, arguments: tuple[object, ...]) -> bool:
         """A wait for a lock opens its file again and again: that is no step."""
-        return name != "flock" and not str(arguments[0]).endswith(".lock") and changes(name, arguments)
+        waits = name == "flock" or (arguments and str(arguments[0]).endswith(".lock"))
+        return not waits and changes(name, arguments)
 
     monkeypatch.setattr(test_crash, "changes", counts)
-
-    node.configure(gpus=list(range(4)), sim_gpus=4)
+    monkeypatch.setattr(hardware, "RETRY_SECONDS", 0.005)
+    monkeypatch.setattr(store, "HARDWARE_POLL_SECONDS", 0.005)
+    if kind == "nvml":
+        monkeypatch.setattr(test_crash, "WORLD", [*test_crash.WORLD, *((pynvml, step) for step in STEPS)])
+    node = Node(fast_dir / "node", kind, gpus=list(range(4)), sim_gpus=4)
 
     def act(job: int) -> None:
         for restart, spec in enumerate(("3g,1g", "2g")):
@@ -108,20 +122,44 @@ def test_a_call_may_die_anywhere_while_others_are_at_work(node: Node, monkeypatc
                 node.acquire(job, spec, restart)
         node.release(job, restart=1)
 
-    for step in range(1, 1000, 3):  # no two rounds take the same steps anyway
-        job = 100_000_000 + step
-        others = [started(lambda n=10_000 + 10 * step + n: life(node, n, 1)) for n in range(3)]  # type: ignore[misc]
+    for step in range(1, 1000, 3):
+        other = started(lambda number=10_000 + step: life(node, number, 2))  # type: ignore[misc]
+        jobs = {100_000_000 + at: at for at in (step, step + 1, step + 2)}
+        children = [doomed(at, lambda job=job: act(job)) for job, at in jobs.items()]  # type: ignore[misc]
         try:
-            died, where = die_at(step, lambda job=job: act(job))  # type: ignore[misc]
+            fates = [fate(*child) for child in children]
         finally:
-            codes = ended(others)
-        story = f"killed before step {step}, {where}; {node.log}"
-        assert codes == {0: 3}, story
-        node.release(job, restart=1)
+            codes = ended([other])
+        story = f"killed before steps {[*jobs.values()]}, {fates}; {node.log}"
+        assert codes == {0: 1}, story
+        for job in jobs:
+            node.release(job, restart=1)
         node.check()
         assert not node.state().allocations, story
-        if not died:
+        if not any(died for died, _ in fates):
             assert step > 60, "nearly nothing was counted"
             break
     assert overlaps(node.journal()) == []
+    node.check_empties()
+
+
+def test_one_look_at_a_gpu_does_for_all_who_wait_for_it(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user may make it long, with very many open files. Who comes while one is under way needs one more, not each."""
+    node.configure(gpus=[0])
+    (one,) = node.acquire(1, "1g")
+    looks, real = node.root / "looks", hardware.survey
+
+    def long(*arguments: Any) -> Any:
+        with looks.open("a") as file:
+            file.write(".")
+        time.sleep(0.5)
+        return real(*arguments)
+
+    monkeypatch.setattr(hardware, "survey", long)
+    with subprocess.Popen(["sleep", "60"]) as process:
+        node.device().hold(one.uuid, process.pid)
+        node.release(1)
+        assert ended([started(lambda job=job: node.acquire(job, "1g")) for job in range(10, 16)]) == {0: 6}  # type: ignore[misc]
+        assert 2 <= len(looks.read_text()) <= 4
+        process.kill()
     node.check_empties()

@@ -499,6 +499,8 @@ def test_a_bug_of_ours_is_one_line_too(busy: Node, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(local.Controller, "release", broken)
     code, out, err = called(busy, *RELEASE)
     assert (code, out, err) == (1, "", "rms: internal error: ZeroDivisionError: a\\nb\n")
+    code, out, err = called(busy, *RELEASE, "--json")
+    assert (code, json.loads(out)["error"], err) == (1, "internal error: ZeroDivisionError: a\nb", "")
 
 
 # Anything at all.
@@ -551,8 +553,9 @@ def test_any_text_is_a_comment_or_the_user_s_fault(comment: str) -> None:
 
 @given(st.text(max_size=200))
 def test_printable_is(text: str) -> None:
-    assert printable(text).isprintable()
-    assert printable(text).isascii()
+    shown = printable(text)
+    assert shown.isprintable() and shown.isascii()
+    assert printable(shown, 600) == shown
 
 
 WORDS = st.one_of(

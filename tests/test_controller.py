@@ -400,6 +400,54 @@ def test_an_idle_instance_that_somebody_took_is_not_handed_on(node: Node, spec: 
     node.check_empties()
 
 
+@pytest.mark.parametrize("spec", ["3g:2", "7g"])
+def test_a_start_waits_for_a_holder_if_there_is_no_other_place(node: Node, spec: str) -> None:
+    """As long as a process that is about to end holds what is to be given, or to be destroyed."""
+    node.configure(gpus=[0], holder_seconds=20)
+    (one,) = node.acquire(1, "3g")
+    node.release(1)
+    with holder(node, one.uuid) as process:
+        waiting = node.start("acquire", "--job=2", "--restart=0", "--uid=1000", f"--request={spec}")
+        while "quarantined" not in node.statuses().values():
+            assert waiting.poll() is None
+            time.sleep(0.02)
+        node.acquire(3, "1g")  # no lock is held
+        node.release(3)
+        assert waiting.poll() is None
+        process.kill()
+        process.wait()
+        out, err = waiting.communicate(timeout=60)
+        assert waiting.returncode == 0, err
+        assert len(out.splitlines()) == int(spec.partition(":")[2] or 1)
+    node.check()
+    node.check_empties()
+
+
+def test_a_start_waits_no_longer_than_holder_seconds(node: Node) -> None:
+    node.configure(gpus=[0], holder_seconds=1)
+    (one,) = node.acquire(1, "3g")
+    node.release(1)
+    with holder(node, one.uuid):
+        began = time.monotonic()
+        with pytest.raises(NoRoomError):
+            node.acquire(2, "7g")
+        assert 0.9 < time.monotonic() - began < 15
+        began = time.monotonic()
+        with pytest.raises(NoRoomError):
+            node.acquire(3, "7g")
+        assert time.monotonic() - began < 0.9, "it was waited for already"
+        assert [entry["event"] for entry in node.audit()].count("refused") == 2
+        assert node.marker(2).read_text() == "refused 0\n"
+        node.configure(holder_seconds=1000, deadline_seconds=2)
+        node.acquire(4, "1g")
+        with holder(node, node.acquire(4, "1g")[0].uuid):
+            began = time.monotonic()
+            node.release(4)
+            assert 0.9 < time.monotonic() - began < 2, "half of the time is for what follows"
+    node.configure(deadline_seconds=20, holder_seconds=0)
+    node.check_empties()
+
+
 def test_nothing_but_what_is_held_is_lost_to_a_request(node: Node) -> None:
     node.configure(gpus=[0])
     node.acquire(1, "1g:7")

@@ -39,6 +39,11 @@ COMPLETED = 0
 
 def die_at(step: int, act: Callable[[], object], may_fail: bool = False) -> tuple[bool, str]:
     """Do `act` in a child that dies before its `step`-th change of the world. Whether it died, and before what."""
+    return fate(*doomed(step, act, may_fail))
+
+
+def doomed(step: int, act: Callable[[], object], may_fail: bool = False) -> tuple[int, int]:
+    """Such a child, for `fate`: its process id, and where it tells."""
     pipe, end = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -55,6 +60,11 @@ def die_at(step: int, act: Callable[[], object], may_fail: bool = False) -> tupl
             sys.stderr.flush()
             os._exit(99)
     os.close(end)
+    return pid, pipe
+
+
+def fate(pid: int, pipe: int) -> tuple[bool, str]:
+    """Whether a child has died, and before what; it has ended then."""
     with open(pipe) as reader:
         where = reader.read()
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -13,9 +13,10 @@ import pytest
 from conftest import Node, needs_root
 from standin import DESTROY_CI, Machine
 
-from rms import cli, fence, geometry
+from rms import cli, fence, geometry, hardware
 from rms.device import Nvml
 from rms.doctor import describe, examine
+from rms.errors import NoRoomError
 from rms.inventory import State
 
 BACKENDS = ["nvml"]
@@ -59,6 +60,7 @@ GPU 0  NVIDIA A100-SXM4-80GB  {0}
   3g.40gb            9    2        3   40192  {{0,4}}:4
   4g.40gb            5    1        4   40192  {{0}}:4
   7g.80gb            0    1        7   80896  {{0}}:8
+nothing wrong found
 """
 
 
@@ -143,7 +145,8 @@ def test_doctor_without_a_driver(node: Node, rms: Rms) -> None:
 def test_simulated_gpus_have_neither(fast_dir: Path, rms: Rms, monkeypatch: pytest.MonkeyPatch) -> None:
     other = Node(fast_dir / "other")
     monkeypatch.setenv("RMS_CONFIG", str(other.toml))
-    assert rms("doctor") == ("", f"this node's GPUs are simulated: nothing to examine\n{NO_SLURM}")
+    said = f"this node's GPUs are simulated: nothing to examine\n{NO_SLURM}"
+    assert rms("doctor") == ("nothing wrong found\n", said)
     assert "always in MIG mode" in rms("mig", "enable", code=6)[1]
 
 
@@ -237,6 +240,26 @@ def test_a_disable_that_fails_half_way(node: Node, rms: Rms) -> None:
     assert node.acquire(2, "7g:2")
     node.check()
     node.check_empties()
+
+
+@needs_root
+def test_doctor_names_what_keeps_an_instance_from_being_destroyed(
+    node: Node, rms: Rms, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process of root's that has its node open is no holder to the hooks, but may be the one in the way."""
+    monkeypatch.setattr(hardware, "DESTROY_SECONDS", 0.0)
+    node.configure(gpus=[0], fence=True)
+    node.acquire(1, "3g")
+    node.release(1)
+    node.machine.fail(DESTROY_CI, Nvml.IN_USE, times=-1)
+    with pytest.raises(NoRoomError):
+        node.acquire(2, "7g")
+    with open("/dev/full"):  # the stand-in's device behind that instance
+        out, _ = rms("doctor", code=6)
+    name = Path("/proc/self/comm").read_text().strip()
+    refused = "! 3g.40gb@4:4 is quarantined: destroy CI 0 of GI 2: NVML error 19 (in use)"
+    assert f"{refused}; held by process {os.getpid()} ({name}, uid 0)\n" in out
+    assert f"{refused}\n" in rms("doctor", code=6)[0]
 
 
 # The fence.

@@ -442,6 +442,17 @@ def test_a_process_that_ends_in_time(real: Node) -> None:
     assert list(real.statuses().values()) == ["idle"]
 
 
+def test_a_process_that_ends_before_a_start_gives_up(real: Node) -> None:
+    real.configure(holder_seconds=20)
+    give(real, 1, ALICE, "3g")
+    real.release(1)
+    with process(holding("/dev/full", ALICE)) as pid:
+        threading.Timer(0.5, os.kill, (pid, signal.SIGKILL)).start()
+        paths = give(real, 2, BOB, "7g:2")
+    assert openers(*paths) == [BOB]
+    assert any(f"held by process {pid}" in line for line in real.log)
+
+
 def test_a_process_that_was_quicker_than_the_fence(real: Node) -> None:
     with process(holding("/dev/full", ALICE)) as pid:
         paths = give(real, 1, BOB, "3g")
@@ -500,15 +511,15 @@ def set_user_id() -> None:
 def test_who_is_a_holder(prepare: Callable[[], object], counts: bool) -> None:
     capability = Capability("/dev/full", os.stat("/dev/full").st_rdev)
     with process(prepare) as pid:
-        assert (pid in fence.holders([capability])) == counts
+        assert (pid in fence.Look().holders([capability])) == counts
 
 
 def test_who_has_too_much_open_to_be_looked_at_counts_as_a_holder(monkeypatch: pytest.MonkeyPatch) -> None:
     capability = Capability("/dev/full", os.stat("/dev/full").st_rdev)
     with process(holding("/dev/null", ALICE)) as theirs, process(holding("/dev/null", 0)) as roots:
-        assert not {theirs, roots} & {*fence.holders([capability])}
+        assert not {theirs, roots} & {*fence.Look().holders([capability])}
         monkeypatch.setattr(fence, "SCAN_SECONDS", -1.0)
-        found = fence.holders([capability])
+        found = fence.Look().holders([capability])
         assert theirs in found and roots not in found
 
 
@@ -527,7 +538,7 @@ ctypes.CDLL(None).syscall({EXIT[os.uname().machine]}, 0)  # exit(2) ends one thr
         assert there.stdout and there.stdout.readline()
         while Path(f"/proc/{there.pid}/stat").read_text().split()[2] != "Z":
             time.sleep(0.01)
-        assert there.pid in fence.holders([Capability("/dev/full", os.stat("/dev/full").st_rdev)])
+        assert there.pid in fence.Look().holders([Capability("/dev/full", os.stat("/dev/full").st_rdev)])
         there.kill()
 
 
@@ -545,7 +556,7 @@ def test_many_threads_cost_little() -> None:
 
     def seconds() -> float:
         began = time.process_time()
-        fence.holders([Capability("/dev/full", os.stat("/dev/full").st_rdev)])
+        fence.Look().holders([Capability("/dev/full", os.stat("/dev/full").st_rdev)])
         return time.process_time() - began
 
     with process(prepare):
@@ -578,7 +589,7 @@ def test_a_file_system_that_does_not_answer(fast_dir: Path) -> None:
         with pytest.raises(subprocess.TimeoutExpired):
             asked.wait(1)
         began = time.monotonic()
-        assert pid in fence.holders([Capability("/dev/full", os.stat("/dev/full").st_rdev)])
+        assert pid in fence.Look().holders([Capability("/dev/full", os.stat("/dev/full").st_rdev)])
         assert time.monotonic() - began < 20
         asked.kill()
     asked.wait()

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -322,6 +323,23 @@ def test_a_prolog_that_outlived_its_run_leaves_the_job_alone(hooks: Hooks, told:
 # Slurm does not do what it is told.
 
 
+def test_a_job_whose_holder_is_about_to_end(hooks: Hooks) -> None:
+    """What the job needs is held by a process that is just ending: the job does not go back to the queue for that."""
+    hooks.node.configure(holder_seconds=30)
+    hooks.prolog(1, WHOLE_NODE)
+    uuid = hooks.node.marker(1).read_text().split()[-1]
+    hooks.epilog(1, WHOLE_NODE)
+    with subprocess.Popen(["sleep", "1"]) as process:
+        hooks.node.device().hold(uuid, process.pid)
+        reaper = threading.Thread(target=process.wait)
+        reaper.start()
+        hooks.prolog(7, WHOLE_NODE)
+        reaper.join()
+    assert str(hooks.left()).startswith("granted 0 ")
+    assert "requeue" not in hooks.calls()
+    assert f"instance {uuid} is quarantined: held by process {process.pid}" in hooks.log()
+
+
 def test_no_room_while_slurmctld_is_away(hooks: Hooks) -> None:
     """The Prolog waits for slurmctld, longer than for room: to fail would drain the node and hold the job."""
     hooks.prolog(1, comment=WHOLE_NODE)
@@ -511,6 +529,24 @@ def test_an_audit_log_on_a_full_disk_costs_no_job_its_instance(hooks: Hooks) -> 
         hooks.prolog(20)
         events = [json.loads(line)["event"] for line in (directory / "audit.jsonl").read_text().splitlines()]
         assert events[-1] == "granted"
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo", "fifo with a reader"])
+def test_something_else_in_the_place_of_the_logs(hooks: Hooks, kind: str) -> None:
+    """A site may have them where users write."""
+    target = hooks.node.root / "target"
+    target.touch()
+    paths = [hooks.node.root / "theirs.log", hooks.node.root / "theirs.jsonl"]
+    for path in paths:
+        path.symlink_to(target) if kind == "link" else os.mkfifo(path)
+    hooks.node.configure(hook_log=str(paths[0]), audit_log=str(paths[1]))
+    readers = [os.open(path, os.O_RDONLY | os.O_NONBLOCK) for path in paths if kind == "fifo with a reader"]
+    hooks.prolog()
+    assert str(hooks.left()).startswith("granted 0 ")
+    hooks.epilog()
+    assert hooks.calls() == "" and hooks.holders() == [] and target.read_text() == ""
+    for reader in readers:
+        os.close(reader)
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling", "file", "fifo", "a user's", "open to all"])

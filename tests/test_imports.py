@@ -83,7 +83,7 @@ def may(found: Import) -> bool:
     who, whom = found.module.partition(".")[0], found.top
     if who == whom or whom not in OURS or found.typing:
         return True
-    if found.module == "rms.cli":
+    if found.module in ("rms.cli", "rms.cli_policy"):
         return found.inside  # inside the verb that needs it
     if who == "policy":
         return found.name in ("rms", "rms.geometry", "rms.planner", "rms.request", "rms.errors", "rms.files")

@@ -60,6 +60,8 @@ def test_a_lost_gpu_costs_its_own_jobs_and_no_others(node: Node, capsys: pytest.
     (line,) = [line for line in node.log if "is not offered" in line]
     assert one.gpu in line and "lost" in line and line.endswith("lost with it: run 1.0")
     assert any(entry["event"] == "warning" and entry["text"] == line for entry in node.audit())
+    (entry,) = [entry for entry in node.audit() if entry["event"] == "lost"]
+    assert (entry["run"], entry["gpu"], entry["placement"]) == (["cluster", 1, 0], one.gpu, str(one.placement))
     shown = rms(node, capsys, "show")
     assert "! not offered: " in shown
     known = {a["job"]: a["status"] for a in json.loads(rms(node, capsys, "show", "--json"))["allocations"]}
@@ -206,6 +208,8 @@ def test_an_instance_that_vanished_is_lost_and_never_given_to_another_run(
     node.reconcile()
     assert any(f"{one.placement}: the instance of run 1.0 is lost" in line for line in node.log)
     assert f"! {one.placement} lost: it vanished" in rms(node, capsys, "show")
+    node.reconcile()
+    assert [entry["placement"] for entry in node.audit() if entry["event"] == "lost"] == [str(one.placement)]
     (two,) = node.acquire(2, "3g")
     assert two.uuid != one.uuid
     for spec in ("1g.20gb:4", "3g", "7g"):
