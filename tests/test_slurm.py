@@ -428,3 +428,28 @@ def test_reconcile_takes_slurm_s_word(slurm: Cluster) -> None:
     slurm.wait(lambda: busy(slurm) == [] or slurm.job(job)["JobState"] == "PENDING", 60, "its Epilog")
     slurm.run(*reconcile)
     slurm.run("scancel", str(job))
+
+
+def test_making_ahead_holds_nobody_up(slurm: Cluster) -> None:
+    """With `prewarm` a job's end is over while the instances of the next ones are still being made; one that needs the
+    GPUs comes first."""
+    path = slurm.etc / "rms.toml"
+    text = path.read_text()
+    path.write_text("prewarm = true\n" + text.replace("create_seconds = 0.02", "create_seconds = 1.5"))
+
+    def at_work() -> bool:
+        shown = json.loads(slurm.run(*rms(slurm), "show", "--json").stdout)
+        return any(intent["kind"] == "prewarm" and intent["alive"] for intent in shown["intents"])
+
+    try:
+        job = slurm.sbatch("true", "--gres=mig:1g", user=slurm.users[0])
+        slurm.wait(lambda: f"epilog: job {job}.0: released" in log(slurm), 60, "its Epilog has been there")
+        slurm.wait(lambda: slurm.node_states()["n1"].state == "idle", 60, "slurmd waits for nothing")
+        slurm.wait(at_work, 60, "something is made ahead")
+        large = slurm.sbatch(SHOW, "--gres=mig:7g:2", user=slurm.users[0])
+        slurm.wait(lambda: f"job {large}.0: released" in log(slurm), 60, "it has run")
+        assert output(slurm, large).count("MIG-") >= 2
+        assert f"job {large}.0: no room" not in log(slurm), "nothing that is made ahead is in its way"
+    finally:
+        path.write_text(text)
+        slurm.wait(lambda: not at_work(), 60, "it has ended")
