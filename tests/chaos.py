@@ -114,6 +114,7 @@ class Life:
         self.strangers: set[tuple[int, int]] = set()  # GPU and GI id of what somebody left half-made
         self.holders: dict[tuple[str, str], subprocess.Popen[bytes]] = {}  # by GPU's and MIG UUID
         self.there: dict[int, list[DeviceInstance]] | None = None  # what the GPUs had after the last event
+        self.unseen = False  # whether somebody has left half an instance that RMS has not seen yet
         self.settled = True  # nothing has happened since that RMS need not know of yet
         self.last = 0
         self.told = 0
@@ -195,7 +196,7 @@ class Life:
         except NodeError:
             assert len(self.gone) == self.count, "no GPU is usable, it says"
             return
-        self.settled, self.blank = True, False
+        self.settled, self.blank, self.unseen = True, False, False
         self.unknown &= self.gone
         if not self.gone:
             self.check_leaks()
@@ -215,6 +216,7 @@ class Life:
 
     def kill(self) -> None:
         """A hook is killed somewhere; another one may come before slurmd does what it does then."""
+        self.see()
         step = self.chance.randrange(1, 130)
         if self.jobs and self.chance.random() < 0.5:
             job = self.chance.choice(list(self.jobs))
@@ -365,6 +367,7 @@ class Life:
             device.create_compute_instance(gpu, gi)
         else:
             self.strangers.add((number, gi))
+            self.unseen = True
         self.settled = False
         return None
 
@@ -402,6 +405,7 @@ class Life:
             return self.node.controller().prewarm(local.wish)
 
         if self.chance.random() < 0.3:
+            self.see()
             test_crash.die_at(self.chance.randrange(1, 130), act, may_fail=True)
         else:
             with suppress(NodeError):
@@ -494,6 +498,11 @@ class Life:
         before, self.settled = self.settled, False
         yield
         self.settled = before
+
+    def see(self) -> None:
+        """Half an instance on the very place that a hook was about to use when it was killed looks like the hook's."""
+        if self.unseen:
+            self.reconcile()
 
     def mend(self) -> None:
         """No operation fails any more; lost GPUs stay lost."""
