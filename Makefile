@@ -42,6 +42,7 @@ bench: $(VENV)/tools
 SEEDS ?= 1
 bench-slurm: $(VENV)/tools | slurm
 	$(BIN)/python benchmarks/slurm_modes.py --write
+	$(BIN)/python benchmarks/publishing.py --write
 	$(BIN)/python benchmarks/starvation.py --seeds $(SEEDS) --write
 
 bench-policy: $(VENV)/tools
