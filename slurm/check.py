@@ -70,10 +70,9 @@ def problems(
         yield f"slurm.conf: this node's Gres lacks {' '.join(sorted(lacking))}"
     if never is not None:
         yield from _sentinel(node, never, names)
-    if admission != "sums" and not lacking:
-        said = node.get("ActiveFeatures" if admission == "features" else "Extra", "")
-        if publish.PREFIX not in said and f"{publish.TOKEN}:job:1" not in gres:
-            yield "slurmctld has forgotten what fits here, or was never told: rms publish, and rms-publish.timer"
+    shares = dict(_split(item) for item in gres if item.startswith(f"{publish.TOKEN}:"))
+    if admission != "sums" and shares.get(f"{publish.TOKEN}:shut") == sum(shares.values()) / 2:  # as slurm.conf has it
+        yield "slurmctld has forgotten what fits here, or was never told: rms publish, and rms-publish.timer"
 
 
 def _sentinel(node: Mapping[str, str], never: Mapping[str, str], names: Sequence[str] | None) -> Iterator[str]:

@@ -127,6 +127,26 @@ def test_what_is_not_ours_stays_as_slurm_conf_has_it(slurm: RmsCluster) -> None:
     assert record(slurm, "n1")["Gres"] == after["Gres"]
 
 
+def test_what_is_told_at_boot_before_slurmd_is_there_stays(slurm: RmsCluster) -> None:
+    before, began = record(slurm, "n1"), started(slurm)
+    slurm.stop_daemon("n1")
+    try:
+        stale = ("AvailableFeatures=ib,old,rms_1g.10gb_1", "ActiveFeatures=ib,old,rms_1g.10gb_1")
+        slurm.run("scontrol", "update", "NodeName=n1", *stale)
+        config = ("--config", f"{slurm.etc}/rms.toml")
+        slurm.run(sys.executable, "-m", "rms.cli", "reconcile", "--node", "n1", *config, timeout=60)
+    finally:
+        slurm.start_daemon("n1")
+    slurm.wait(lambda: started(slurm) != began, 60, "it has registered")
+    for field in ("Gres", "ActiveFeatures", "AvailableFeatures"):
+        assert record(slurm, "n1")[field] == before[field]
+
+
+def started(slurm: RmsCluster) -> str:
+    """When slurmd of n1 has started, as slurmctld knows it."""
+    return slurm.run("scontrol", "show", "node", "n1").stdout.partition("SlurmdStartTime=")[2].split()[0]
+
+
 def test_after_a_reconfigure_nothing_starts_until_the_node_has_spoken(slurm: RmsCluster) -> None:
     running(slurm, slurm.sbatch("sleep 600", "--gres=mig:2g", user=slurm.users[1]))
     slurm.wait(lambda: not all("rms_7g.80gb_2" in features(slurm, n) for n in slurm.nodes), 60, "published")
