@@ -34,8 +34,9 @@ node with many threads; elsewhere all of them are looked at."""
 _FILES = 2  # KCMP_FILES
 _MODIFY = "DeviceFileModify"
 _SETTLE_SECONDS = 2.0
-SCAN_SECONDS = 1.0
-"""How long one look for open nodes may take: as many files as users have open, at about 5 microseconds each."""
+SCAN_SECONDS = 2.0
+"""How long one look for open nodes may take: as many files as users have open, at about 5 microseconds each where there
+is a processor free for it."""
 _UNSEEN = -1
 
 

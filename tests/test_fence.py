@@ -523,6 +523,19 @@ def test_who_has_too_much_open_to_be_looked_at_counts_as_a_holder(monkeypatch: p
         assert theirs in found and roots not in found
 
 
+def test_many_instances_are_looked_at_once(real: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for all that a run gives back, and once for all of a GPU."""
+    give(real, 1, ALICE, "1g:5,2g:3")
+    looked, look = [], fence._open
+    monkeypatch.setattr(fence, "_open", lambda pid, until: looked.append(pid) or look(pid, until))
+    with process(lambda: become(BOB)) as pid:
+        real.release(1)
+        assert looked.count(pid) == 1
+        real.controller().reconcile(lambda runs: [])
+        assert looked.count(pid) == 1 + 2
+    real.check()
+
+
 def test_a_process_whose_first_thread_has_ended() -> None:
     script = f"""\
 import ctypes, os, threading, time
