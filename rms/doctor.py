@@ -10,6 +10,7 @@ from rms import fence, geometry
 from rms.device import DeviceError
 from rms.inventory import State
 from rms.nvml import Board, NvmlDevice
+from rms.request import printable
 
 
 class Examined(NamedTuple):
@@ -109,7 +110,7 @@ def _places(places: Sequence[tuple[int, int]] | None) -> str:
 def _command(pid: int) -> str:
     try:
         with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
-            return file.read().strip()
+            return printable(file.read().strip())  # whoever started it may have named it
     except OSError:
         return "gone, or in another container"
 

@@ -95,6 +95,19 @@ def test_doctor_says_what_is_wrong(node: Node, rms: Rms) -> None:
     assert "GPU 1  NVIDIA A100" in out
 
 
+def test_a_process_s_name_is_only_text(node: Node, rms: Rms) -> None:
+    """A user may give it any; here it would wipe the administrator's terminal."""
+    comm = Path("/proc/self/comm")
+    before = comm.read_text().strip()
+    node.machine.hold(os.getpid(), 0)
+    try:
+        comm.write_text("\x1b[2J\u202e")
+        out, _ = rms("doctor", code=6)
+    finally:
+        comm.write_text(before)
+    assert f"a process has the whole GPU: {os.getpid()} (\\x1b[2J\\u202e)\n" in out
+
+
 @pytest.mark.parametrize("model", [*geometry.models(), "L4"])
 def test_doctor_on_every_model(fast_dir: Path, model: str) -> None:
     with Machine(fast_dir / "machine", [model], options=["no-persistence"]).device() as device:
