@@ -167,6 +167,8 @@ class Controller:
                         self._store.save(state)
                 if planned and busy is None:
                     self.audit.write("decision", run=run, request=str(asked), **line)
+                    for fault in dict.fromkeys(d.choice.fault for d in decisions if d.choice.fault):
+                        self._log(fault)
                     allocation = Allocation(run, uid, str(asked), submit, limit, time.time(), self._boot_id, [])
                     intent = inventory.reserve(state, decisions, allocation, self._owner)
                     state.recent = [*state.recent, (float(submit or time.time()), str(asked), limit)]
@@ -263,9 +265,6 @@ class Controller:
             grant.refuse(self.config.run_dir, run)
             self.audit.write("refused", run=run, request=str(asked), gpus=picture(view))
             raise NoRoomError(f"no room for {asked} now" + (f" ({out_of_order})" if faults else ""))
-        for fault in dict.fromkeys(decision.choice.fault for decision in decisions):
-            if fault:
-                self._log(fault)
         known = {"gpus": picture(view), "basis": basis(decisions), "instances": explain(decisions, view)}
         return decisions, {"now": now, "end": end, **known}
 
