@@ -11,11 +11,12 @@ from starvation import refusals, stream, watching
 
 @pytest.mark.slurm
 def test_a_large_job_does_not_starve(slurm_root: Path) -> None:
-    """Without `rms watch` it would start after the last job of the stream: there is no end to that here."""
+    """More small jobs come than one GPU can run: without `rms watch` it would start after the last of them."""
     large = None
-    with rms_cluster(slurm_root, nodes=1, create=0.05, destroy=0.05, cred_expire=5, admission="features") as slurm:
+    with rms_cluster(slurm_root, nodes=1, gpus=1, create=0.05, destroy=0.05, cred_expire=5,
+                     admission="features") as slurm:  # fmt: skip
         with watching(slurm) as said:
-            for job, _, slices in stream(slurm, seconds=60, before=12, seed=7):
+            for job, _, slices in stream(slurm, seconds=60, before=8, seed=7):
                 large = job if slices == 7 else large
                 if large and (slurm.users[0].work / f"{large}.out").exists():
                     break
