@@ -106,11 +106,11 @@ def test_every_state_and_profile_of_one_gpu() -> None:
 def test_random_pools_with_random_remaining_times() -> None:
     """Half of them on nodes whose jobs have ended before their limits."""
     chance = random.Random(SEED)
-    rules = [(seen_as(s)[0], torch_value(seen_as(s)[1], timed=True)) for s in demands(50)]
+    valued = [(seen_as(s)[0], torch_value(seen_as(s)[1], timed=True)) for s in demands(50)]
     early = tuple(Ended(2000.0, 2000.0 / part) for part in sorted(chance.uniform(0.2, 1.0) for _ in range(100)))
     no_jobs = np.zeros(0, dtype=np.int64)
     for _ in range(10_000):
-        recent, value = chance.choice(rules)
+        recent, value = chance.choice(valued)
         recent = tuple(demand._replace(limit=2000.0) for demand in recent)
         states = [chance.randrange(len(A100.states)) for _ in range(chance.randint(1, 8))]
         node = Node(len(states))
