@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rms_cluster import rms_cluster
 from throwaway import Cluster
 
-from rms import demand, geometry
+from rms import cli, demand, geometry
 from rms.demand import Told
 from rms.request import Ticket
 from slurm import site, watch
@@ -279,6 +279,20 @@ def test_the_promise_follows_the_time_limits_but_not_for_ever() -> None:
     # A small job comes and goes: there is room, there is none for an hour, there is room.
     some = [job(1, "7g.80gb:1", node="n1"), job(2, "1g.10gb:1", node="n1")]
     assert giving_up(lambda after: some[: 1 + after // 10 % 2], 9000) in (watch.LATER + grace, watch.LATER + grace - 10)
+
+
+def test_how_many_gpus_is_the_site_s_choice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, most = tmp_path / "rms.toml", []
+    monkeypatch.setattr(watch, "run", lambda conf, gpus, seconds, log: most.append(gpus))
+    for text in ("gpus = [0]\n", "gpus = [0]\nkeep_gpus = 1\n"):
+        config.write_text(text)
+        cli.main(["watch", "--config", str(config)])
+    assert most == [4, 1]
+    config.unlink()
+    assert cli.main(["watch", "--config", str(config)]) == 6
+    assert capsys.readouterr().err == f"rms: cannot read the configuration {config}: No such file or directory\n"
 
 
 def test_a_quiet_cluster_is_asked_for_its_queue_only() -> None:
