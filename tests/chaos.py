@@ -303,7 +303,7 @@ class Life:
         both = self.chance.random() < 0.3
         for name in ("state.json", "state.json.previous")[: 1 + both]:
             path = self.node.root / "state" / name
-            if not path.exists():
+            if not path.exists() or not path.stat().st_size:  # damaged before
                 continue
             data = bytearray(path.read_bytes())
             how = self.chance.randrange(3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from chaos import Life, chaos, fits
 
@@ -27,6 +29,15 @@ def test_an_invariant_that_breaks_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Life, "jump", robbed)
     with pytest.raises(AssertionError, match=r"seed 2, event \d+ of 250: .*two jobs share a slice(.|\n)*SEED=2"):
         chaos(2, 0, 1, events=250, tell=lambda _: None)
+
+
+def test_what_is_damaged_already_may_be_damaged_again(fast_dir: Path) -> None:
+    """As far as that goes: an empty file, a missing one."""
+    life = Life(fast_dir / "node", 2)
+    for _ in range(30):
+        life.damage()
+    life.reconcile()
+    life.check()
 
 
 def test_its_own_search_for_room() -> None:
