@@ -32,9 +32,12 @@ def test_an_invariant_that_breaks_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_is_damaged_already_may_be_damaged_again(fast_dir: Path) -> None:
-    """As far as that goes: an empty file, a missing one."""
+    """As far as that goes: it may be empty."""
     life = Life(fast_dir / "node", 2)
-    for _ in range(30):
+    while not life.jobs:
+        life.acquire()
+    for _ in range(20):
+        (life.node.root / "state" / "state.json").write_bytes(b"")
         life.damage()
     life.reconcile()
     life.check()
