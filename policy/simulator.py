@@ -1,4 +1,4 @@
-"""Event-driven simulator of one node: where a rule puts instances, and what becomes of the jobs.
+"""Event-driven simulator of a node, or of several alike: where a rule puts instances, and what becomes of the jobs.
 
 Loss mode (a request that does not fit is lost) or a queue with backfill; a fixed pool or an elastic one. Everything
 mutable is in a `World`, so that a run can be stopped after any arrival and gone on with, by a rule that has learned
@@ -32,7 +32,7 @@ WAKE, MADE = -1, -2
 NOTHING, TAKEN, LOOK = -1, -2, -3
 # Places in World.tally and World.clock.
 ARRIVED, EVENTS, HEAD, TAIL, QUEUED, RESERVED, NONEMPTY, PEAK, RANDOM, AHEAD, USED = range(11)
-NOW, GATE, DRAINED, GPU_TIME = range(4)
+NOW, DRAINED, GPU_TIME = range(3)
 
 
 class Node(NamedTuple):
@@ -43,7 +43,8 @@ class Node(NamedTuple):
     when their job ends, for reuse, and are destroyed when in the way. `prewarm`: after a job has ended the instances
     that are wanted are made ahead (`lacking`), except over one used or made in the last `spared`. `create`
     and `destroy` are times that delay a start. `latency` is the time from a start until Slurm knows of it and may start
-    the next (the token). `hold` is how long a job waits that Slurm started and that did not fit.
+    the next (the token). `hold` is how long a job waits that Slurm started and that did not fit. `nodes`: to how many
+    nodes the GPUs belong. Slurm starts a job on the first of them on which it would; each has a token of its own.
     """
 
     gpus: int
@@ -58,6 +59,7 @@ class Node(NamedTuple):
     admission: int = FIT
     latency: float = 0.0
     hold: float = 0.02
+    nodes: int = 1
 
 
 class World(NamedTuple):
@@ -68,6 +70,7 @@ class World(NamedTuple):
     ahead). `room[p]` counts the GPUs that can take profile p. Made ahead: `ahead` (idle instances that nobody has used
     yet, as bits), `making` (the placement being made) and `made` (when it is there); `tally[AHEAD]` counts them,
     `tally[USED]` those that a job got.
+    `gates[n]` is when node n takes the next job.
     By job: `start` (nan as long as it has none), `gpu` and `placement` (-1), how many instances were `created` and
     `destroyed` for it, how long that was its `delay`, and how often it was `misplaced`; a job of several instances has
     that many rows, as in `Jobs`.
@@ -97,6 +100,7 @@ class World(NamedTuple):
     gains: Array
     tally: Array
     clock: Array
+    gates: Array
     start: Array
     gpu: Array
     placement: Array
@@ -138,7 +142,8 @@ def world(t: Tables, node: Node, count: int, seed: int = 0) -> World:
         left=np.zeros(t.slots),
         gains=np.zeros(placements),
         tally=counters,
-        clock=np.array([0.0, -np.inf, 0.0, 0.0]),
+        clock=np.zeros(3),
+        gates=np.full(node.nodes, -np.inf),
         start=np.full(count, np.nan),
         gpu=np.full(count, -1, dtype=np.int16),
         placement=np.full(count, -1, dtype=np.int16),
@@ -296,8 +301,9 @@ def capability(t: Tables, r: Rule, w: World, old: int, new: int) -> int:
 
 
 @compiled()
-def fit(t: Tables, w: World, profiles: Array, kept: int) -> bool:
-    """Whether all of these profiles can be placed together, none of them on GPU `kept`. Exact: all ways are tried."""
+def fit(t: Tables, w: World, profiles: Array, kept: int, low: int, high: int) -> bool:
+    """Whether all of these profiles can be placed together on the GPUs from `low` to `high` - 1, none of them on GPU
+    `kept`. Exact: all ways are tried."""
     base, states = len(t.overlaps), w.state
     spots, depth = w.spots, 0
     spots[0] = -1
@@ -306,7 +312,7 @@ def fit(t: Tables, w: World, profiles: Array, kept: int) -> bool:
         if spot >= 0 and w.placed[depth] == 1:  # back here: take it off again, and go on after it
             states[spot // base] = t.before[states[spot // base], spot % base]
             w.placed[depth] = 0
-        for g in range((spot + 1) // base, len(states)):
+        for g in range(max(low, (spot + 1) // base), high):
             state = states[g]
             if g == kept or t.fits[state, p] == 0:
                 continue
@@ -335,8 +341,8 @@ def fit(t: Tables, w: World, profiles: Array, kept: int) -> bool:
 
 
 @inlined()
-def decide(t: Tables, node: Node, r: Rule, w: World, profile: int, end: float, now: float, rest: Array) -> int:
-    """The GPU and placement (GPU * number of placements + placement) of an instance, -1 if nothing is offered.
+def decide(t: Tables, node: Node, r: Rule, w: World, profile: int, end: float, now: float, rest: Array, n: int) -> int:
+    """The GPU and placement (GPU * number of placements + placement) of an instance on node n, -1 if none is offered.
 
     Only places are offered that leave room for all of `rest`, the profiles that the same job still needs.
     """
@@ -345,8 +351,9 @@ def decide(t: Tables, node: Node, r: Rule, w: World, profile: int, end: float, n
     plain = not (timed or r.random or node.lazy or r.capability[0] != 0 or len(rest))
     over = end > w.clock[DRAINED] or end == np.inf
     kept = w.tally[RESERVED] if over and t.profile_memory[profile] < t.slots else -1
+    size = len(w.state) // node.nodes
     for empties in (False, True):
-        for g in range(len(w.state)):
+        for g in range(n * size, n * size + size):
             state = w.state[g]
             if t.fits[state, profile] == 0 or (node.elastic and empties != (state == 0)):
                 continue
@@ -387,7 +394,7 @@ def decide(t: Tables, node: Node, r: Rule, w: World, profile: int, end: float, n
                     if score > best:
                         if len(rest):
                             w.state[g] = new
-                            room = fit(t, w, rest, kept)
+                            room = fit(t, w, rest, kept, n * size, n * size + size)
                             w.state[g] = state
                             if not room:
                                 continue
@@ -488,21 +495,23 @@ def settle(t: Tables, node: Node, w: World, j: int, where: int, end: float) -> f
 
 
 @inlined()
-def admitted(t: Tables, node: Node, w: World, jobs: Jobs, j: int) -> bool:
-    """Whether Slurm would start the job whose first row is j."""
-    if node.admission == FIT:  # for one instance this is all; several are looked at when they are placed
+def admitted(t: Tables, node: Node, w: World, jobs: Jobs, j: int, n: int) -> bool:
+    """Whether Slurm would start the job whose first row is j on node n."""
+    if node.admission == FIT:  # for one instance on one node this is all; the rest is looked at when they are placed
         return bool(w.room[jobs.profile[j]] > 0)
+    size = len(w.state) // node.nodes
+    states = w.state[n * size : n * size + size]
     compute, memory, most = 0, 0, t.profile_compute[-1]
     if node.admission == NODE_SUMS:
         for row in range(j, j + jobs.rest[j] + 1):
             compute += t.profile_compute[jobs.profile[row]]
             memory += t.profile_memory[jobs.profile[row]]
-        for state in w.state:
+        for state in states:
             compute += t.compute[state]
             memory += t.memory[state]
-        return bool(compute <= most * len(w.state) and memory <= t.slots * len(w.state))
+        return bool(compute <= most * size and memory <= t.slots * size)
     compute, memory = t.profile_compute[jobs.profile[j]], t.profile_memory[jobs.profile[j]]
-    for state in w.state:  # noqa: SIM110 (numba has no any())
+    for state in states:  # noqa: SIM110 (numba has no any())
         if t.compute[state] + compute <= most and t.memory[state] + memory <= t.slots:
             return True
     return False
@@ -512,27 +521,31 @@ def admitted(t: Tables, node: Node, w: World, jobs: Jobs, j: int) -> bool:
 def attempt(t: Tables, node: Node, r: Rule, jobs: Jobs, w: World, j: int) -> bool:
     """Start the job whose first row is j if Slurm would and it fits."""
     now, last = w.clock[NOW], j + jobs.rest[j] + 1
-    if now < w.clock[GATE] or not admitted(t, node, w, jobs, j):
-        return False
-    end, delay, where = now + jobs.limit[j], 0.0, -1
-    for row in range(j, last):
-        where = decide(t, node, r, w, jobs.profile[row], end, now, jobs.profile[row + 1 : last])
-        if where < 0:  # only ever the first row: none is placed before all are known to fit
-            break
-        delay += settle(t, node, w, row, where, end)
-    if where < 0:
-        if node.admission != FIT and w.tally[RESERVED] < 0:
-            w.misplaced[j] += 1
-            if node.depth:
-                w.ready[j] = now + node.hold
-                push(w, w.ready[j], WAKE)
-        return False
-    for row in range(j, last):
-        push(w, now + (delay + jobs.duration[j]), w.gpu[row] * len(t.overlaps) + w.placement[row])
-    if node.latency > 0.0:
-        w.clock[GATE] = now + node.latency
-        push(w, w.clock[GATE], WAKE)
-    return True
+    end = now + jobs.limit[j]
+    for n in range(node.nodes):
+        if now < w.gates[n] or not admitted(t, node, w, jobs, j, n):
+            continue
+        delay, where = 0.0, -1
+        for row in range(j, last):
+            where = decide(t, node, r, w, jobs.profile[row], end, now, jobs.profile[row + 1 : last], n)
+            if where < 0:  # only ever the first row: none is placed before all are known to fit
+                break
+            delay += settle(t, node, w, row, where, end)
+        if where >= 0:
+            for row in range(j, last):
+                push(w, now + (delay + jobs.duration[j]), w.gpu[row] * len(t.overlaps) + w.placement[row])
+            if node.latency > 0.0:
+                w.gates[n] = now + node.latency
+                push(w, w.gates[n], WAKE)
+            return True
+        if node.admission != FIT:
+            if w.tally[RESERVED] < 0:
+                w.misplaced[j] += 1
+                if node.depth:
+                    w.ready[j] = now + node.hold
+                    push(w, w.ready[j], WAKE)
+            return False
+    return False
 
 
 @compiled()
@@ -551,10 +564,19 @@ def keep_one(t: Tables, w: World) -> None:
 
 
 @inlined()
+def any_open(w: World) -> bool:
+    """Whether some node takes a job now."""
+    for gate in w.gates:  # noqa: SIM110 (numba has no any())
+        if w.clock[NOW] >= gate:
+            return True
+    return False
+
+
+@inlined()
 def scan(t: Tables, node: Node, r: Rule, jobs: Jobs, w: World) -> None:
     """Start every waiting job that can be, in order of submission."""
     j, looked = w.tally[HEAD], 0
-    while j >= 0 and looked < node.depth and w.clock[NOW] >= w.clock[GATE]:
+    while j >= 0 and looked < node.depth and any_open(w):
         following = w.follower[j]
         looked += 1
         if w.ready[j] <= w.clock[NOW] and attempt(t, node, r, jobs, w, j):
@@ -636,4 +658,4 @@ def choose_all(t: Tables, node: Node, r: Rule, w: World, members: Array, where: 
             for p in range(len(w.room)):
                 w.room[p] += t.fits[w.state[g], p]
         for p in range(len(w.room)):
-            where[x, p] = decide(t, node, r, w, p, np.inf, 0.0, NONE)
+            where[x, p] = decide(t, node, r, w, p, np.inf, 0.0, NONE, 0)

@@ -132,7 +132,7 @@ def test_random_pools_with_random_remaining_times() -> None:
         assert known.rate == pytest.approx(SHIPPED.foresight / 2000.0) and known.guesses == (3 if ended else 1)
         ratios = np.array(known.ratios)
         rule = rules.by_value(TABLES, value, known.rate, SHIPPED.reuse, ratios, known.guesses)
-        where = simulator.decide(TABLES, node, rule, w, profile, np.inf if end is None else end, NOW, no_jobs)
+        where = simulator.decide(TABLES, node, rule, w, profile, np.inf if end is None else end, NOW, no_jobs, 0)
         choice = decided(view(states, ends, recent, ended, began), A100.profiles[profile], end)
         found = -1
         if choice is not None:

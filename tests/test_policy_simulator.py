@@ -199,7 +199,7 @@ def test_the_capability_look_ahead_looks_ahead() -> None:
     w = simulator.world(TABLES, Node(2), 0)
     for g in range(2):
         simulator.become(TABLES, w, g, A100.number((Placement("1g.10gb", 6, 1),)) if g == 0 else 0)
-    where = simulator.decide(TABLES, Node(2), r, w, A100.profiles.index("3g.40gb"), np.inf, 0.0, simulator.NONE)
+    where = simulator.decide(TABLES, Node(2), r, w, A100.profiles.index("3g.40gb"), np.inf, 0.0, simulator.NONE, 0)
     assert divmod(where, len(A100.placements)) == (0, A100.placements.index(Placement("3g.40gb", 0, 4)))
 
 
@@ -217,7 +217,7 @@ def test_room_for_several_is_what_the_planner_says(model: str) -> None:
         busy = [tuple(planner.Busy(p, 0.0, None) for p in moves.states[s]) for s in w.state]
         view = View(tuple(GpuView("GPU", moves.geometry, held) for held in busy), (), None, 0.0)
         fits = planner.fits(view, Request(tuple(counts.items())))
-        assert simulator.fit(t, w, wanted, -1) == fits
+        assert simulator.fit(t, w, wanted, -1, 0, 2) == fits
         assert np.array_equal(w.state, before)
         yes += fits
     assert 100 < yes < 900
@@ -226,8 +226,9 @@ def test_room_for_several_is_what_the_planner_says(model: str) -> None:
 # The queue.
 
 
-def slow_queue(jobs: Jobs, gpus: int, r: Rule, depth: int) -> list[float]:
+def slow_queue(jobs: Jobs, gpus: int, r: Rule, depth: int, nodes: int) -> list[float]:
     """Greedy backfill, written down plainly: when each job starts."""
+    size = gpus // nodes
     states, waiting = [0] * gpus, list[int]()
     running: list[tuple[float, int, int]] = []
     starts = [np.nan] * len(jobs.submit)
@@ -244,13 +245,13 @@ def slow_queue(jobs: Jobs, gpus: int, r: Rule, depth: int) -> list[float]:
         for j in waiting[:depth]:
             p = jobs.profile[j]
             scores = [
-                (-r.score[s, k], g, k)
+                (g // size, -r.score[s, k], g, k)
                 for g, s in enumerate(states)
                 for k in A100.of_profile[p]
                 if A100.after[s][k] >= 0
             ]
             if scores:
-                _, g, k = min(scores)
+                _, _, g, k = min(scores)
                 states[g] = A100.after[states[g]][k]
                 running = sorted([*running, (now + jobs.duration[j], g, k)])
                 starts[j] = now
@@ -258,11 +259,14 @@ def slow_queue(jobs: Jobs, gpus: int, r: Rule, depth: int) -> list[float]:
     return starts
 
 
-@pytest.mark.parametrize(("gpus", "load", "depth"), [(1, 0.5, 300), (4, 0.8, 300), (4, 1.2, 5), (3, 0.6, 1)])
-def test_backfill_is_what_it_says(gpus: int, load: float, depth: int) -> None:
+@pytest.mark.parametrize(
+    ("gpus", "load", "depth", "nodes"),
+    [(1, 0.5, 300, 1), (4, 0.8, 300, 1), (4, 1.2, 5, 1), (3, 0.6, 1, 1), (4, 0.9, 300, 2), (6, 0.9, 50, 3)],
+)
+def test_backfill_is_what_it_says(gpus: int, load: float, depth: int, nodes: int) -> None:
     jobs = loaded(Node(gpus), 2000, load)
-    w = simulate(TABLES, Node(gpus, depth=depth), by_value(TABLES, a_value()), jobs)
-    assert np.allclose(w.start, slow_queue(jobs, gpus, by_value(TABLES, a_value()), depth), rtol=0, atol=1e-9)
+    w = simulate(TABLES, Node(gpus, depth=depth, nodes=nodes), by_value(TABLES, a_value()), jobs)
+    assert np.allclose(w.start, slow_queue(jobs, gpus, by_value(TABLES, a_value()), depth, nodes), rtol=0, atol=1e-9)
 
 
 def waits(node: Node, r: Rule, count: int = 40_000, load: float = 0.75, limit: str = "exact") -> dict[str, float]:
@@ -293,11 +297,14 @@ def test_what_slurm_knows_decides_who_is_misplaced() -> None:
     assert told["all"] < by_gpu["all"] < by_node["all"]
 
 
-def test_the_token_lets_one_start_at_a_time() -> None:
-    node = Node(8, depth=300, latency=0.01)
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_the_token_lets_one_start_at_a_time(nodes: int) -> None:
+    node = Node(8, depth=300, latency=0.01, nodes=nodes)
     jobs = loaded(node, 20_000, 0.7)
     w = simulate(TABLES, node, BUILT_IN, jobs)
-    assert np.diff(np.sort(w.start)).min() >= 0.01 - 1e-9
+    for n in range(nodes):
+        assert np.diff(np.sort(w.start[w.gpu // (8 // nodes) == n])).min() >= 0.01 - 1e-9
+    assert (np.diff(np.sort(w.start)).min() >= 0.01 - 1e-9) == (nodes == 1)
     assert not w.misplaced.any()
 
 
