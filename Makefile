@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NEWEST := $(addprefix tests/test_,throwaway.py ask.py lua.py slurm.py slurm_publish.py slurm_extra.py slurm_down.py refused.py kinds.py attacks.py watch.py mixed.py)
 SLURM_PACKAGES := slurm-wlm slurm-wlm-basic-plugins slurm-client munge
 
-.PHONY: demo test newest chaos check bench bench-slurm bench-policy clean
+.PHONY: demo test newest chaos check bench bench-slurm bench-large bench-load bench-policy clean
 
 demo: $(VENV)/installed | slurm
 	$(BIN)/python tests/demo.py
@@ -37,13 +37,21 @@ check: $(VENV)/tools
 bench: $(VENV)/tools
 	$(BIN)/python benchmarks/hooks.py --write
 
-# The modes of admission side by side on a throw-away Slurm: about ten minutes, and four more for each further seed of
-# the last.
+# The modes of admission side by side on a throw-away Slurm, what publishing costs, and a large job behind small ones:
+# less than 20 minutes; 17 more for each further seed.
 SEEDS ?= 1
 bench-slurm: $(VENV)/tools | slurm
-	$(BIN)/python benchmarks/slurm_modes.py --write
+	$(BIN)/python benchmarks/slurm_modes.py --seeds $(SEEDS) --write
 	$(BIN)/python benchmarks/publishing.py --write
 	$(BIN)/python benchmarks/starvation.py --seeds $(SEEDS) --write
+
+# 64 GPUs and 2,000 jobs, long enough that the GPUs are what is short: 25 minutes.
+bench-large: $(VENV)/tools | slurm
+	$(BIN)/python benchmarks/slurm_modes.py --nodes 8 --gpus 8 --jobs 2000 --between 45,105 --gap 0.4 --short 0 --modes features --write
+
+# What slurmctld has to do for 1,000 nodes, and with 5,000 jobs waiting: five minutes.
+bench-load: $(VENV)/tools | slurm
+	$(BIN)/python benchmarks/slurm_load.py --write
 
 bench-policy: $(VENV)/tools
 	$(BIN)/python benchmarks/policy_targets.py --write $(QUICK)

@@ -1,35 +1,52 @@
 """What each way of admission does to the same jobs on a throw-away Slurm: misplacements, waits, load on slurmctld.
 
-    python benchmarks/slurm_modes.py [--nodes N] [--gpus G] [--jobs J] [--modes LIST] [--seed S] [--write]
+    python benchmarks/slurm_modes.py [--nodes N] [--gpus G] [--jobs J] [--between S,S] [--gap S] [--short J]
+                                     [--modes LIST] [--seeds N] [--write | --json]
 
-Two loads per mode, on simulated GPUs. `overload`: a uniform mix of 1g, 2g, 3g, 4g and 7g of 2 to 6 s, submitted faster
-than they can run. `short`: 1g jobs that end at once, submitted while the nodes are idle. Who got what is judged from
-what the jobs wrote and the GPUs' own journal; slurmctld's time is what `sdiag` counts for the commands of the hooks.
+Three loads per mode and seed, on simulated GPUs. `short`: 1g jobs that end at once, submitted while the nodes are idle.
+`idle`: three jobs for each GPU that need all of it, one after the other. `overload`: a uniform mix of 1g, 2g, 3g, 4g
+and 7g, submitted faster than they can run. Who got what is judged from what the jobs wrote and the GPUs' own journal;
+slurmctld's time is what `sdiag` counts for the commands of the hooks. `policy.simulator` then runs the same jobs.
+
+Modes: sums, features, extra (Slurm 23.11 and newer: where the one here is older it runs in the chroot of `make newest`)
+and shard, which is Slurm alone (`on_shards`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import random
 import re
 import shutil
+import stat
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import records  # noqa: E402
-from rms_cluster import RmsCluster, rms_cluster  # noqa: E402
+from rms_cluster import rms_cluster  # noqa: E402
+from throwaway import PATH, Cluster  # noqa: E402
+
+import controller  # noqa: E402
+from rms import geometry, planner  # noqa: E402
 
 DOCUMENT = ROOT / "docs/benchmarks.md"
-PROFILES = ["1g", "2g", "3g", "4g", "7g"]
+MODEL = "A100-80GB"
+SHARDS = {"1g": 13, "2g": 26, "3g": 48, "4g": 52, "7g": 100}
+"""The profiles of the mix, and how many of the 100 shards of a GPU each is worth: together they are more than 100
+exactly where the compute or the memory slices are too many (tests/test_bench_slurm.py tries all)."""
 OURS = (
     "NODE_INFO_SINGLE",
     "PARTITION_INFO",
@@ -43,67 +60,103 @@ OURS = (
     "JOB_NOTIFY",
 )
 """The messages that hooks send by Slurm's commands; while jobs run the benchmark itself sends none of them."""
+FIRST_SEED = 7
+CREDENTIAL = 5
+"""cred_expire of these clusters, in seconds: as short as Slurm takes it."""
+STALLED = 180.0
+"""Seconds beside a job's own in which at least one must end."""
 
 
-class Row(NamedTuple):
-    """One mode. Times are seconds, but for `rpc_ms` and `passes_ms`: slurmctld's own, per job."""
+class Ran(NamedTuple):
+    """A job of the overload: when (epoch) it was submitted, could start, and wrote its first and its last line.
+
+    It `could` once its slices were free: after its submission, and the last end of a job that had them. None where that
+    is not known, or where it was sent back and had to wait for something else.
+    """
+
+    request: str
+    node: str
+    submit: float
+    could: float | None
+    start: float
+    end: float
+
+
+class Run(NamedTuple):
+    """One mode and seed. Times are seconds, but for `rpc_ms` and `passes_ms`: slurmctld's own, per job. None where a
+    mode has no such thing. `idle` has for each job of that load the time from when it could start to its first line."""
 
     slurm: str
     mode: str
-    jobs: int
+    seed: int
     dispatches: int
     misplaced: int
-    without: int
+    without: int | None
     drained: int
-    wait: float
     total: float
-    next_start: float
-    rate: float
-    rpcs: float
-    rpc_ms: float
+    idle: list[float] | None
+    rate: float | None
+    rpcs: float | None
+    rpc_ms: float | None
     passes_ms: float
+    load: float
+    ran: list[Ran]
 
 
-def overload(count: int, seed: int) -> list[tuple[str, float]]:
+def overload(count: int, seed: int, between: tuple[float, float]) -> list[tuple[str, float]]:
     """Requests and seconds of work."""
     chance = random.Random(seed)
-    return [(chance.choice(PROFILES), round(chance.uniform(2, 6), 1)) for _ in range(count)]
+    return [(chance.choice(list(SHARDS)), round(chance.uniform(*between), 1)) for _ in range(count)]
 
 
-def submit(slurm: RmsCluster, jobs: Sequence[tuple[str, float]], gap: float) -> dict[int, tuple[Path, float]]:
-    """Submit the jobs; for each its output and when it was submitted."""
+class Submitted(NamedTuple):
+    """A job that was submitted: its request, where its output goes, when (epoch)."""
+
+    request: str
+    output: Path
+    at: float
+
+
+def submit(
+    slurm: Cluster, jobs: Sequence[tuple[str, float]], gap: float, gres: Mapping[str, str] | None = None
+) -> dict[int, Submitted]:
+    """Submit the jobs, one each `gap` seconds."""
     made = {}
+    limit = f"--time={math.ceil(max(seconds for _, seconds in jobs) / 60)}"
     for number, (request, seconds) in enumerate(jobs):
         user = slurm.users[number % 2]
         now = time.time()
-        job = slurm.sbatch(
-            records.script(f"sleep {seconds}"), f"--gres=mig:{request}", "--time=1", "--output=%j.out", user=user
-        )
-        made[job] = user.work / f"{job}.out", now
+        asked = f"--gres={gres[request] if gres else f'mig:{request}'}"
+        job = slurm.sbatch(records.script(f"sleep {seconds}"), asked, limit, "--output=%j.out", user=user)
+        made[job] = Submitted(request, user.work / f"{job}.out", now)
         time.sleep(max(0.0, now + gap - time.time()))
     return made
 
 
-def over(slurm: RmsCluster, jobs: dict[int, tuple[Path, float]], seconds: float) -> None:
-    """Wait until all have written that they are over, then until slurmctld knows it, too."""
-    left = {path for path, _ in jobs.values()}
+def over(jobs: Mapping[int, Submitted], longest: float) -> dict[int, records.Record]:
+    """Wait until all have written that they are over: what they wrote. Stops the benchmark when none ends any more."""
+    left = dict(jobs)
+    found: dict[int, records.Record] = {}
+    progress = time.monotonic()
+    while left:
+        for job, submitted in list(left.items()):
+            if submitted.output.exists() and (wrote := records.read(submitted.output)):
+                found[job] = wrote[-1]
+                del left[job]
+                progress = time.monotonic()
+        if time.monotonic() > progress + STALLED + longest:
+            raise SystemExit(f"no job has ended for {STALLED + longest:.0f} s; {len(left)} are left: {list(left)[:9]}")
+        time.sleep(0.5)
+    return found
 
-    def done() -> bool:
-        for path in list(left):
-            if path.exists() and "\nend " in path.read_text():
-                left.remove(path)
-        return not left
 
-    slurm.wait(done, seconds, "every job has ended")
-
-
-def audit(slurm: RmsCluster) -> list[dict[str, object]]:
+def audit(slurm: Cluster) -> list[dict[str, Any]]:
     """All nodes' audit logs."""
     logs = [slurm.root / node / "audit.jsonl" for node in slurm.nodes]
     return [json.loads(line) for log in logs if log.exists() for line in log.read_text().splitlines()]
 
 
-def load(slurm: RmsCluster) -> tuple[int, float, float]:
+def load(slurm: Cluster) -> tuple[int, float, float]:
     """Messages of ours since the last reset, the seconds that slurmctld spent on them, and on scheduling passes."""
     text = slurm.run("sdiag").stdout
     found = re.findall(r"REQUEST_(\w+)\s+\(\s*\d+\)\s+count:(\d+)\s+ave_time:\d+\s+total_time:(\d+)", text)
@@ -113,87 +166,338 @@ def load(slurm: RmsCluster) -> tuple[int, float, float]:
     return sum(c for c, _ in ours), sum(t for _, t in ours) / 1e6, passes
 
 
-def gaps(found: Sequence[records.Slot]) -> list[float]:
-    """From the end of a job to the start of the next one in its slices, where that was next."""
-    out = []
-    for slot in found:
-        later = [
-            s.record.start
-            for s in found
-            if s.gpu == slot.gpu
-            and s.record.start >= slot.record.end
-            and s.start < slot.start + slot.size
-            and slot.start < s.start + s.size
-        ]
-        if later:
-            out.append(min(later) - slot.record.end)
-    return out
+def freed(found: Sequence[records.Slot]) -> dict[int, float]:
+    """When the slices of each job were free: the last end before it of a job that had one; 0 where nobody had."""
+    return {
+        slot.record.job: max(
+            [
+                other.record.end
+                for other in found
+                if other.gpu == slot.gpu
+                and other.record.end <= slot.record.start
+                and other.start < slot.start + slot.size
+                and slot.start < other.start + other.size
+            ],
+            default=0.0,
+        )
+        for slot in found
+    }
 
 
-def run(mode: str, nodes: int, gpus: int, jobs: int, short: int, seed: int, gap: float) -> Row:
-    """Both loads on a cluster of its own."""
+def judged(slurm: Cluster, found: Sequence[records.Record]) -> list[records.Slot]:
+    """Where the jobs' instances were; stops the benchmark where two had the same slice, or one changed meanwhile."""
+    journals = {node: records.journal(slurm.root / node / "gpus.json.journal") for node in slurm.nodes}
+    slots, faults = records.slots(found, journals)
+    if faults := faults + records.overlaps(slots):
+        raise SystemExit("; ".join(faults))
+    return slots
+
+
+@contextmanager
+def a_place() -> Iterator[Path]:
+    """A directory that users may enter."""
     root = Path(tempfile.mkdtemp(prefix="rms-modes-"))
     root.chmod(0o755)
     try:
-        with rms_cluster(root / "c", nodes=nodes, gpus=gpus, create=0.05, destroy=0.05, admission=mode, cpus=64,
-                         cred_expire=5) as slurm:  # fmt: skip
-            quick = submit(slurm, [("1g", 0.0)] * short, 0.0)
-            over(slurm, quick, 600)
-            slurm.wait_all(120)
-            ran = [one for path, _ in quick.values() for one in records.read(path)]
-            # From the first start to the last, less the one that began it.
-            spread = max(r.start for r in ran) - min(r.start for r in ran)
-            before = len([e for e in audit(slurm) if e["event"] in ("granted", "refused")])
-            refused = len([e for e in audit(slurm) if e["event"] == "refused"])
-            slurm.run("sdiag", "--reset")
-            began = time.time()
-            long = submit(slurm, overload(jobs, seed), gap)
-            over(slurm, long, 60 + 30.0 * jobs / (nodes * gpus))
-            total = time.time() - began
-            messages, seconds, passes = load(slurm)
-            slurm.wait_all(120)
-            events = audit(slurm)
-            found = {job: records.read(path) for job, (path, _) in long.items()}
-            ends = [one for many in found.values() for one in many]
-            journals = {n: records.journal(slurm.root / n / "gpus.json.journal") for n in slurm.nodes}
-            slots, faults = records.slots(ends, journals)
-            if faults or records.overlaps(slots):
-                raise SystemExit(f"{mode}: {faults} {records.overlaps(slots)}")
-            return Row(
-                slurm.run("sinfo", "--version").stdout.split()[-1],
-                mode,
-                len(ends),
-                len([e for e in events if e["event"] in ("granted", "refused")]) - before,
-                len([e for e in events if e["event"] == "refused"]) - refused,
-                sum(not one.uuids for one in ends),
-                sum(state.state.startswith("drain") for state in slurm.node_states().values()),
-                statistics.mean(found[job][0].start - at for job, (_, at) in long.items()),
-                total,
-                statistics.median(gaps(slots)),
-                (short - 1) / max(spread, 0.01) / nodes,
-                messages / jobs,
-                seconds * 1e3 / jobs,
-                passes * 1e3 / jobs,
-            )
+        yield root
     finally:
         shutil.rmtree(root, ignore_errors=True)
 
 
-def table(rows: Sequence[Row], options: argparse.Namespace) -> str:
+def version(slurm: Cluster) -> str:
+    """Of Slurm."""
+    return slurm.run("sinfo", "--version").stdout.split()[-1]
+
+
+def drained(slurm: Cluster) -> int:
+    """How many nodes are."""
+    return sum(state.state.startswith("drain") for state in slurm.node_states().values())
+
+
+def with_rms(mode: str, seed: int, options: argparse.Namespace) -> Run:
+    """All three loads, on a cluster of RMS's."""
+    with a_place() as place, rms_cluster(
+        place / "c", nodes=options.nodes, gpus=options.gpus, create=0.05, destroy=0.05, admission=mode, cpus=64,
+        cred_expire=CREDENTIAL,
+    ) as slurm:  # fmt: skip
+        rate = at_once(slurm, options.short) if options.short else None
+        idle = one_by_one(slurm, options.nodes * options.gpus) if options.short else None
+        slurm.run("sdiag", "--reset")
+        began = time.time()
+        jobs = submit(slurm, overload(options.jobs, seed, options.between), options.gap)
+        found = over(jobs, options.between[1])
+        total = time.time() - began
+        messages, seconds, passes = load(slurm)
+        busy = os.getloadavg()[0]
+        slurm.wait_all(120)
+        events = [event for event in audit(slurm) if event["t"] >= began]
+        sent_back = [int(event["run"][1]) for event in events if event["event"] == "refused"]
+        free = freed(judged(slurm, list(found.values())))
+        return Run(
+            version(slurm),
+            mode,
+            seed,
+            len(sent_back) + sum(event["event"] == "granted" for event in events),
+            len(sent_back),
+            sum(not one.uuids for one in found.values()),
+            drained(slurm),
+            total,
+            idle,
+            rate,
+            messages / options.jobs,
+            seconds * 1e3 / options.jobs,
+            passes * 1e3 / options.jobs,
+            busy,
+            [ran(jobs[j], one, None if j in sent_back else free[j]) for j, one in found.items()],
+        )
+
+
+def ran(job: Submitted, wrote: records.Record, free: float | None) -> Ran:
+    """What became of a job whose slices were free then."""
+    could = None if free is None else max(job.at, free)
+    return Ran(job.request, wrote.node, job.at, could, wrote.start, wrote.end)
+
+
+def at_once(slurm: Cluster, count: int) -> float:
+    """Jobs per second and node, of as many 1g jobs that end at once: from the first start to the last."""
+    found = over(submit(slurm, [("1g", 0.0)] * count, 0.0), 0.0)
+    slurm.wait_all(120)
+    starts = [one.start for one in found.values()]
+    return (count - 1) / max(max(starts) - min(starts), 0.01) / len(slurm.nodes)
+
+
+def one_by_one(slurm: Cluster, gpus: int) -> list[float]:
+    """How long after the one before it each job starts that needs a GPU as a whole, while nothing else goes on."""
+    jobs = submit(slurm, [("7g", 1.0)] * (3 * gpus), 0.0)
+    found = over(jobs, 1.0)
+    slurm.wait_all(120)
+    free = freed(judged(slurm, list(found.values())))
+    return [one.start - free[job] for job, one in found.items() if free[job]]
+
+
+def on_shards(seed: int, options: argparse.Namespace) -> Run:
+    """The overload on Slurm alone, which counts shards of each GPU: 100, of which a job takes what SHARDS says.
+
+    There is no RMS here and nobody is sent back: Slurm says on which GPU each job ran, and what cannot be placed there,
+    in the order of the starts and by the same policy, would have been misplaced. So its waits are those of jobs that
+    share GPUs as if slices could lie anywhere: shorter than any MIG can have.
+    """
+    with a_place() as place:
+        root = place / "c"
+        (root / "etc").mkdir(parents=True)
+        lines = []
+        for node in range(1, options.nodes + 1):
+            for gpu in range(options.gpus):  # any character device will do
+                os.mknod(root / f"n{node}_gpu{gpu}", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+            lines.append(f"NodeName=n{node} Name=gpu File={root}/n{node}_gpu[0-{options.gpus - 1}]\n")
+            lines.append(f"NodeName=n{node} Name=shard Count={100 * options.gpus}\n")
+        with Cluster(
+            root, nodes=options.nodes, cpus=64, gres=f"gpu:{options.gpus},shard:{100 * options.gpus}",
+            files={"gres.conf": "".join(lines)}, cred_expire=CREDENTIAL,
+        ) as slurm:  # fmt: skip
+            slurm.run("sdiag", "--reset")
+            began = time.time()
+            work = overload(options.jobs, seed, options.between)
+            jobs = submit(slurm, work, options.gap, {p: f"shard:{count}" for p, count in SHARDS.items()})
+            found = over(jobs, options.between[1])
+            total, (_, _, passes), busy = time.time() - began, load(slurm), os.getloadavg()[0]
+            return Run(
+                version(slurm),
+                "shard",
+                seed,
+                len(found),
+                misfits({job: submitted.request for job, submitted in jobs.items()}, list(found.values())),
+                None,
+                drained(slurm),
+                total,
+                None,
+                None,
+                None,
+                None,
+                passes * 1e3 / options.jobs,
+                busy,
+                [ran(jobs[j], one, None) for j, one in found.items()],
+            )
+
+
+def misfits(requests: Mapping[int, str], found: Sequence[records.Record]) -> int:
+    """How many of these jobs could not have been placed on the GPU that Slurm gave them, beside the others there."""
+    board = geometry.load(MODEL)
+    names = board.names()
+    moments = sorted([(one.end, 0, one) for one in found] + [(one.start, 1, one) for one in found])
+    held: dict[tuple[str, str], dict[int, planner.Busy]] = {}
+    count = 0
+    for now, what, one in moments:
+        there = held.setdefault((one.node, one.uuids[0]), {})
+        if what == 0:
+            there.pop(one.job, None)
+            continue
+        view = planner.View((planner.GpuView("GPU", board, tuple(there.values())),), (), None, now)
+        profile = names[requests[one.job]]
+        if offered := planner.candidates(view, profile):
+            choice = controller.choose(view, planner.Asked(profile, None), offered)
+            there[one.job] = planner.Busy(choice.candidate.placement, now, None)
+        else:
+            count += 1
+    return count
+
+
+def elsewhere(mode: str, options: argparse.Namespace) -> list[Run]:
+    """The same in the chroot with the newest Slurm; nothing, and a loud line, where there is none or it fails."""
+    newest = str(ROOT / "tests/newest.sh")
+    if subprocess.run([newest, "there"], check=False).returncode:
+        print(f"rms: !!!!! {mode} NOT MEASURED: the newest Slurm is not here (make newest) !!!!!", file=sys.stderr)
+        return []
+    same = {"jobs": options.jobs, "gap": options.gap, "short": options.short, "nodes": options.nodes,
+            "gpus": options.gpus, "between": ",".join(map(str, options.between)),
+            "seeds": len(options.seeds)}  # fmt: skip
+    words = [f"--{name}={value}" for name, value in same.items()]
+    command = [newest, "run", "python3", "benchmarks/slurm_modes.py", f"--modes={mode}", "--json", *words]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        print(f"rms: !!!!! {mode} NOT MEASURED: it failed in the chroot, see above !!!!!", file=sys.stderr)
+        return []
+    return [Run(**{**run, "ran": [Ran(*job) for job in run["ran"]]}) for run in json.loads(done.stdout)]
+
+
+class Latency(NamedTuple):
+    """Of one run, in seconds: from when each job could start to its first line; of these the ones in which nothing else
+    started on its node; and of the others, from the last start on its node before it to its own."""
+
+    all: list[float]
+    alone: list[float]
+    behind: list[float]
+
+
+def latency(ran: Sequence[Ran]) -> Latency:
+    """Taken apart, job by job."""
+    found = Latency([], [], [])
+    for job in ran:
+        if job.could is not None:
+            last = max((one.start for one in ran if one.node == job.node and one.start < job.start), default=0.0)
+            found.all.append(job.start - job.could)
+            (found.behind if last > job.could else found.alone).append(job.start - max(last, job.could))
+    return found
+
+
+def simulated(run: Run, options: argparse.Namespace, known: float, token: float) -> float:
+    """The mean wait of the same jobs in `policy.simulator`, where what happens is `known` to slurmctld so many seconds
+    later, and the next job starts on a node `token` seconds after another.
+
+    They are submitted when they were and run for as long as they did; nodes decide by the shipped policy.
+    """
+    import numpy as np  # not in the chroot
+
+    from policy import evaluate, model, rules, simulator, traces, transitions
+    from policy.workload import Jobs
+
+    moves = transitions.load(MODEL)
+    numbers = traces.accepted(moves)
+    jobs = sorted(run.ran, key=lambda job: job.submit)
+    submit = np.array([job.submit - jobs[0].submit for job in jobs])
+    duration = np.array([job.end - job.start for job in jobs])
+    pool = simulator.Node(options.nodes * options.gpus, depth=len(jobs), lazy=True, nodes=options.nodes, latency=token)
+    if run.mode == "sums":
+        pool = pool._replace(admission=simulator.NODE_SUMS, hold=CREDENTIAL + 10.0)
+    stream = Jobs(
+        submit + known,
+        np.array([numbers[job.request] for job in jobs]),
+        duration + known,
+        np.full(len(jobs), 60.0),
+        np.zeros(len(jobs), dtype=np.int64),
+    )
+    w = evaluate.simulate_estimating(moves, rules.tables(MODEL), pool, model.load(moves.geometry), stream)
+    return float((w.start - submit).mean())
+
+
+def mean(values: Sequence[float]) -> float:
+    """0 where there is nothing."""
+    return statistics.mean(values) if values else 0.0
+
+
+def cell(values: Sequence[float | None], digits: int) -> str:
+    """The median over the seeds; of several, the least and the most, too."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    middle = f"{statistics.median(known):.{digits}f}"
+    return middle if len(known) == 1 else f"{middle} ({min(known):.{digits}f} to {max(known):.{digits}f})"
+
+
+HEAD = (
+    "mode",
+    "Slurm",
+    "jobs",
+    "dispatches",
+    "misplaced",
+    "without an instance",
+    "drained",
+    "mean wait s",
+    "by the simulator's",
+    "by that without latency",
+    "all done s",
+    "start after it could: median s",
+    "alone: mean s",
+    "behind another: mean s",
+    "idle: median s",
+    "short jobs a second and node",
+    "messages a job",
+    "slurmctld ms a job",
+    "scheduling passes ms a job",
+    "load",
+)
+
+
+def row(runs: Sequence[Run], options: argparse.Namespace) -> list[str]:
+    """One mode: counts of all seeds together, of the rest the median."""
+    waits = [statistics.mean(job.start - job.submit for job in run.ran) for run in runs]
+    known = [(run, wait, late) for run, wait in zip(runs, waits, strict=True) if (late := latency(run.ran)).all]
+    without = [run.without for run in runs if run.without is not None]
+    counts = [sum(n) for n in zip(*((len(run.ran), run.dispatches, run.misplaced) for run in runs), strict=True)]
+    return [
+        runs[0].mode,
+        runs[0].slurm,
+        *map(str, counts),
+        str(sum(without)) if without else "-",
+        str(sum(run.drained for run in runs)),
+        cell(waits, 1),
+        cell([w / simulated(run, options, mean(late.alone), mean(late.behind)) for run, w, late in known], 2),
+        cell([w / simulated(run, options, 0.0, 0.0) for run, w, _ in known], 2),
+        cell([run.total for run in runs], 0),
+        cell([statistics.median(late.all) for _, _, late in known], 2),
+        cell([mean(late.alone) for _, _, late in known], 2),
+        cell([mean(late.behind) for _, _, late in known], 2),
+        cell([statistics.median(run.idle) for run in runs if run.idle], 2),
+        cell([run.rate for run in runs], 1),
+        cell([run.rpcs for run in runs], 1),
+        cell([run.rpc_ms for run in runs], 2),
+        cell([run.passes_ms for run in runs], 2),
+        cell([run.load for run in runs], 1),
+    ]
+
+
+def table(runs: Sequence[Run], options: argparse.Namespace, before: float) -> str:
     """For docs/benchmarks.md."""
-    head = (
-        f"Slurm {rows[0].slurm}, {options.nodes} nodes with {options.gpus} simulated A100-80GB each, "
-        f"{options.jobs} jobs of 2 to 6 s, one each {options.gap} s, seed {options.seed}; "
-        f"then {options.short} short 1g jobs.\n\n"
-        "| mode | jobs | dispatches | misplaced | without an instance | drained | mean wait s | all done s "
-        "| next in the same slices s | short jobs a second and node | messages a job | slurmctld ms a job "
-        "| scheduling passes ms a job |\n|---|" + "---:|" * 12 + "\n"
-    )
-    return head + "".join(
-        f"| {r.mode} | {r.jobs} | {r.dispatches} | {r.misplaced} | {r.without} | {r.drained} | {r.wait:.1f} "
-        f"| {r.total:.1f} | {r.next_start:.2f} | {r.rate:.1f} | {r.rpcs:.1f} | {r.rpc_ms:.2f} | {r.passes_ms:.2f} |\n"
-        for r in rows
-    )
+    least, most = options.between
+    short = f"; before them {options.short} short 1g jobs, and 3 of 1 s for each whole GPU" if options.short else ""
+    lines = [
+        f"{options.nodes} nodes with {options.gpus} simulated {MODEL} each, {options.jobs} jobs of {least:g} to "
+        f"{most:g} s, one each {options.gap} s, seed {', '.join(map(str, options.seeds))}{short}. "
+        f"{os.cpu_count()} cores, load before {before:.1f}.",
+        "",
+        f"| {' | '.join(HEAD)} |",
+        "|---|---|" + "---:|" * (len(HEAD) - 2),
+    ]
+    for mode in dict.fromkeys(run.mode for run in runs):
+        lines.append(f"| {' | '.join(row([run for run in runs if run.mode == mode], options))} |")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def knows_extra() -> bool:
+    """Whether the Slurm here can be told of what fits by the nodes' Extra."""
+    # sinfo wants a slurm.conf even for that.
+    shown = subprocess.run(["slurmctld", "-V"], capture_output=True, text=True, check=True, env={"PATH": PATH}).stdout
+    return tuple(map(int, re.findall(r"\d+", shown)[:2])) >= (23, 11)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -202,21 +506,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--nodes", type=int, default=2)
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--jobs", type=int, default=300)
-    parser.add_argument("--short", type=int, default=56)
+    parser.add_argument("--short", type=int, default=56, help="0: neither these nor the jobs on idle nodes")
     parser.add_argument("--gap", type=float, default=0.1)
-    parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--modes", default="sums,features")
+    parser.add_argument("--between", default="2,6", help="seconds that jobs of the overload take")
+    parser.add_argument("--seeds", type=int, default=1, help="how many, from 7 on")
+    parser.add_argument("--modes", default="sums,shard,features,extra")
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--json", action="store_true", help="what was measured instead of a table")
     options = parser.parse_args(arguments)
-    rows = []
+    options.seeds = list(range(FIRST_SEED, FIRST_SEED + options.seeds))
+    options.between = tuple(float(seconds) for seconds in options.between.split(","))
+    before = os.getloadavg()[0]
+    runs: list[Run] = []
     for mode in options.modes.split(","):
-        rows.append(run(mode, options.nodes, options.gpus, options.jobs, options.short, options.seed, options.gap))
-        print(rows[-1], file=sys.stderr, flush=True)
-    text = table(rows, options)
+        if mode == "extra" and not knows_extra():
+            runs += elsewhere(mode, options)
+            continue
+        for seed in options.seeds:
+            runs.append(on_shards(seed, options) if mode == "shard" else with_rms(mode, seed, options))
+            print(runs[-1]._replace(ran=[]), file=sys.stderr, flush=True)
+    if options.json:
+        print(json.dumps([run._asdict() for run in runs]))
+        return 0
+    text = table(runs, options, before)
     print(text)
     if options.write:
         name = f"modes {options.nodes}x{options.gpus}"
-        marks = re.compile(rf"(<!-- {name}: written by make bench-slurm -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
+        marks = re.compile(rf"(<!-- {name}: written by make [\w-]+ -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
         DOCUMENT.write_text(marks.sub(lambda m: m[1] + text + m[2], DOCUMENT.read_text()))
     return 0
 

@@ -158,7 +158,7 @@ def test_pyslurm_is_used_only_where_it_fits(slurm: Cluster) -> None:
 def test_a_slurmctld_that_is_silent(slurm: Cluster, way: ask.Commands | ask.Pyslurm) -> None:
     way.nodes()
     quick = type(way)(str(slurm.conf), 2)
-    slurmctld = slurm._daemons["slurmctld"].pid
+    slurmctld = slurm.pid("slurmctld")
     os.kill(slurmctld, signal.SIGSTOP)
     try:
         for asking in (quick.queue, quick.nodes):

@@ -191,6 +191,10 @@ class Cluster:
         self.stop_daemon(node, sig)
         self.start_daemon(node)
 
+    def pid(self, name: str) -> int:
+        """The process of a daemon."""
+        return self._daemons[name].pid
+
     # -- what one does with it
 
     def environment(self, user: User | None = None, more: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -1,0 +1,58 @@
+"""The benchmarks on a real Slurm, in short: they run through, and what must be zero is zero on a busy machine, too."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rms import geometry
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import slurm_modes  # noqa: E402
+
+
+def bench(name: str, *options: str) -> str:
+    command = [sys.executable, str(ROOT / "benchmarks" / name), *options]
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_shards_count_both_kinds_of_slices() -> None:
+    board = geometry.load(slurm_modes.MODEL)
+    names = board.names()
+    profiles = [(board.by_name[names[p]], count) for p, count in slurm_modes.SHARDS.items()]
+    for numbers in itertools.product(*(range(limit) for limit in (9, 5, 4, 3, 2))):
+        compute, memory, shards = (
+            sum(n * amount for n, amount in zip(numbers, amounts, strict=True))
+            for amounts in zip(*((p.compute, p.memory, count) for p, count in profiles), strict=True)
+        )
+        assert (shards <= 100) == (compute <= 7 and memory <= 8), numbers
+
+
+@pytest.mark.slurm
+def test_the_modes_in_short() -> None:
+    """Every target but the rates, which a busy machine has no part in."""
+    short = ("--nodes=1", "--jobs=12", "--between=1,2", "--short=4", "--modes=features", "--json")
+    [run] = [slurm_modes.Run(**run) for run in json.loads(bench("slurm_modes.py", *short))]
+    assert (run.dispatches, run.misplaced, run.without, run.drained, len(run.ran)) == (12, 0, 0, 0, 12)
+    late = slurm_modes.latency([slurm_modes.Ran(*job) for job in run.ran])
+    assert len(late.all) == len(late.alone) + len(late.behind) == 12 and min(late.all) > 0
+    assert run.idle is not None and len(run.idle) == 4
+    assert run.rpcs is not None and 2 <= run.rpcs <= 8
+    assert run.passes_ms > 0
+
+
+@pytest.mark.slurm
+def test_the_load_in_short() -> None:
+    lines = bench("slurm_load.py", "--nodes=8", "--pending=20", "--seconds=2").splitlines()
+    rows = [line.split(" | ") for line in lines if line.startswith("| 8 ")]
+    assert [row[1] for row in rows] == ["0", "20"]
+    assert all(float(row[3]) >= 2 and float(row[4]) > 0 for row in rows)
