@@ -34,8 +34,10 @@ DOCUMENT = ROOT / "docs/policy.md"
 SCRATCH = ROOT / "benchmarks/scratch.model"
 """Made by `rms train --config policy/configs/slots8.scratch.toml`."""
 LOADS = (0.6, 0.9)
-STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 5: 2.57}
+STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 5: 2.57, 23: 2.07}
 """Student's t, 95 %, by degrees of freedom."""
+MANY = 24
+"""Streams for what the targets are about; six leave intervals of one to three points."""
 TOLD = ("uniform", "skew-small", "skew-big", "bimodal")
 
 
@@ -64,10 +66,17 @@ A100 = board("A100-80GB")
 
 
 def streams(
-    b: Board, how: How, shares: Floats, load: float, gpus: int, service: str = "exponential", limit: str = "1to3"
+    b: Board,
+    how: How,
+    shares: Floats,
+    load: float,
+    gpus: int,
+    service: str = "exponential",
+    limit: str = "1to3",
+    count: int = 6,
 ) -> list[Jobs]:
-    """Six streams of 60,000 jobs."""
-    count, each = (2, 4_000) if how.quick else (6, 60_000)
+    """`count` streams of 60,000 jobs."""
+    count, each = (2, 4_000) if how.quick else (count, 60_000)
     return [workload.stream(b.moves, s, each, shares, load, gpus, service, limit) for s in how.seeds[:count]]
 
 
@@ -135,7 +144,7 @@ def queue(how: How, service: str, b: Board = A100) -> Iterator[str]:
         shares = workload.mix(name, b.moves)
         for limit in ("exact", "1to3", "none"):
             mean, true, whole, means, tails = [], [], [], [], []
-            for jobs in streams(b, how, shares, 0.8, 8, service, limit):
+            for jobs in streams(b, how, shares, 0.8, 8, service, limit, MANY):
                 known = evaluate.told(b.of, jobs)
                 base, given, ours = (
                     wait(jobs, w)

@@ -20,6 +20,8 @@ RETRY_SECONDS = 0.1
 """Pause between two looks at what another process has to let go."""
 DESTROY_SECONDS = 2.0
 """How long a destroy that is IN_USE is tried again: the driver lets go of a client a moment after it ended."""
+FIRST_PAUSE = 0.02
+"""Seconds before it is tried for the second time; each further pause is twice as long."""
 
 NOTHING = Claim((), (), frozenset(), frozenset())
 
@@ -186,13 +188,17 @@ def _find(device: Device, step: Step) -> None:
 
 
 def _patiently(destroy: Callable[[], None], until: float) -> None:
+    """Destroy as soon as the driver lets us, asking it more and more rarely: each time may hold it up for others."""
+    pause = FIRST_PAUSE
     while True:
         try:
             return destroy()
         except DeviceError as error:
-            if error.code != Nvml.IN_USE or time.monotonic() > until:
+            left = until - time.monotonic()
+            if error.code != Nvml.IN_USE or left < 0:
                 raise
-        time.sleep(RETRY_SECONDS)
+        time.sleep(min(pause, left))
+        pause *= 2
 
 
 def holders(device: Device, gpu: str, gi: int, ci: int, look: fence.Look) -> list[int]:

@@ -514,7 +514,13 @@ def test_a_destroy_that_stays_busy_with_nobody_to_be_seen(node: Node, monkeypatc
     node.acquire(1, "3g")
     node.release(1)
     node.machine.fail(DESTROY_CI, Nvml.IN_USE, gpu=0, times=-1)
-    assert node.acquire(2, "7g")[0].gpu == node.machine.uuids[1]
+    pauses: list[float] = []
+    sleep = time.sleep
+    with monkeypatch.context() as patch:
+        patch.setattr(hardware.time, "sleep", lambda seconds: (pauses.append(seconds), sleep(seconds)))
+        assert node.acquire(2, "7g")[0].gpu == node.machine.uuids[1]
+    assert len(pauses) >= 3 and pauses[:-1] == sorted(pauses[:-1]), "more and more rarely"
+    assert 0.15 < sum(pauses) < 0.25
     node.check()
     with pytest.raises(NoRoomError):
         node.acquire(3, "7g")
