@@ -147,6 +147,7 @@ def test_the_controller_decides_as_the_simulator(fast_dir: Path, monkeypatch: py
     rule = evaluate.learned(A100, np.array(SHIPPED.prior))
     w = simulate(TABLES, node, rule, jobs)
     monkeypatch.setattr(inventory, "CLOSED", 10)
+    monkeypatch.setattr(controller, "BUDGET_SECONDS", 60.0)  # on a busy machine the built-in rule would stand in
     monkeypatch.setattr(model, "estimate", lambda of, view, geometry: list(of.prior))
     local = conftest.Node(fast_dir / "node", gpus=list(range(4)), sim_gpus=4).controller(controller.choose)
     monkeypatch.setattr(local.audit, "write", lambda event, **fields: None)

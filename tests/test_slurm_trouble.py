@@ -25,7 +25,7 @@ from throwaway import Cluster
 pytestmark = pytest.mark.slurm
 
 SHOW = 'echo "ran ${CUDA_VISIBLE_DEVICES-unset}"'
-CREATE = 1.5  # seconds: long enough to be hit by a signal
+CREATE = 2.0  # seconds: long enough to be hit by a signal
 WAIT = 2  # seconds that a Prolog waits for room where it can't requeue
 
 
