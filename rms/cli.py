@@ -365,7 +365,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except OSError as error:
-        return _fail(str(error), 1)
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
     except Exception as error:
         if os.environ.get("RMS_TRACEBACK"):
             raise
