@@ -197,9 +197,7 @@ def header(columns: Sequence[str], sacct: bool, path: str) -> dict[str, int]:
 def csv_row(line: Sequence[str], where: Mapping[str, int]) -> Row:
     """A line of a CSV."""
     count = line[where["count"]].strip() if "count" in where else "1"
-    if not count.isdecimal() or not 0 < int(count) < 1000:
-        raise BadLineError(f"not a count: {count[:20]!a}")
-    return times(line, where, ((line[where["profile"]].strip().lower(), int(count)),))
+    return times(line, where, ((line[where["profile"]].strip().lower(), counted(count)),))
 
 
 def sacct_row(line: Sequence[str], where: Mapping[str, int]) -> Row:
@@ -213,7 +211,14 @@ def sacct_row(line: Sequence[str], where: Mapping[str, int]) -> Row:
     never = "allocated" in where and not line[where["allocated"]].strip()  # some releases give such jobs a start
     if never or any(line[where[what]].strip().lower() in NOT_KNOWN for what in ("start", "end") if what in where):
         raise LeftOutError("jobs that have not started or not ended")
-    return times(line, where, tuple((profile.lower(), int(count)) for profile, count in found))
+    return times(line, where, tuple((profile.lower(), counted(count)) for profile, count in found))
+
+
+def counted(text: str) -> int:
+    """How many instances."""
+    if not (re.fullmatch("[0-9]{1,9}", text) and 0 < int(text) < 1000):
+        raise BadLineError(f"not a count: {text[:20]!a}")
+    return int(text)
 
 
 def times(line: Sequence[str], where: Mapping[str, int], items: Items) -> Row:
@@ -278,12 +283,10 @@ def instances(
     items: Items, names: Names, moves: Transitions, fits: Callable[[Counts], bool], profiles: int
 ) -> list[int]:
     """The profiles that a job asks for, largest first."""
-    for name, count in items:
+    for name, _ in items:
         if name not in names:
             known = " ".join(moves.profiles)
             raise BadLineError(f"unknown profile: {name[:40]!a}; {moves.geometry.model} has {known}")
-        if count > 1000:
-            raise BadLineError(f"too many instances: {count}")
     asked = sorted((names[name] for name, count in items for _ in range(count)), reverse=True)
     if not fits(tuple(asked.count(p) for p in range(profiles))):
         raise BadLineError("more than the GPUs can hold: " + ",".join(f"{name}:{count}" for name, count in items))

@@ -296,15 +296,10 @@ def slurm_config(options: argparse.Namespace) -> int:
     for program in ("slurmctld", "slurmd"):  # they need no slurm.conf to say it; one is on every machine of Slurm's
         with suppress(SlurmError):
             version = Slurmctld(options.slurm_conf).run(program, "-V").split()[-1]
+    cluster = site.kinds(zip(options.model, options.gpus, options.nodes, strict=True))
     admission, why = site.choose(options.admission, options.config, version)
+    made = site.files(cluster, options.config, options.slurm_conf, admission, options.preempting)
     print(f'admission = "{admission}": {why}', file=sys.stderr)
-    made = site.files(
-        site.kinds(zip(options.model, options.gpus, options.nodes, strict=True)),
-        options.config,
-        options.slurm_conf,
-        admission,
-        options.preempting,
-    )
     if options.write:
         site.write(made, options.write)
         print(f"{len(made)} files in {options.write}; {site.SETTINGS} has the lines for slurm.conf")
@@ -318,6 +313,8 @@ def watch(options: argparse.Namespace) -> int:
     """Watch the queue, until ended. Nobody waits for it: what it has told the nodes expires."""
     from slurm import watch as service
 
+    if not 0.1 <= options.seconds <= 60:
+        raise UsageError("--seconds is from 0.1 to 60")
     most = config.load(options.config, config.node_name()).keep_gpus
     service.run(options.slurm_conf, most, options.seconds, lambda text: print(text, file=sys.stderr, flush=True))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -230,10 +231,11 @@ def policy_explain(options: argparse.Namespace) -> int:
     from rms.show import look
 
     settings = config.load(options.config, options.node)
-    job, _, restart = options.job.partition(".")
-    if not (job.isdecimal() and (restart or "0").isdecimal()):
+    match = re.fullmatch(r"([0-9]{1,15})(?:\.([0-9]{1,15}))?", options.job)
+    if match is None:
         raise RequestError(f"{printable(options.job)} is no job; write 4711, or 4711.1 for its second run")
-    entry = audits.decision(options.logs or [settings.audit_log], int(job), int(restart) if restart else None)
+    restart = int(match[2]) if match[2] else None
+    entry = audits.decision(options.logs or [settings.audit_log], int(match[1]), restart)
     if entry is None:
         raise RequestError(f"the audit log has no decision about job {options.job}; name older logs, if there are")
     boards = {name: geometry.load(name) for name in geometry.models()} | look(settings).state.geometries

@@ -63,6 +63,8 @@ class Config(NamedTuple):
 
 
 ADMISSIONS = ("features", "extra", "sums")
+MOST = 1_000_000
+"""The largest number that a key may have, ten days where it is seconds."""
 _NUMBER = (int, float)
 _KEYS: dict[str, tuple[type, ...]] = {
     "gpus": (list,),
@@ -128,8 +130,8 @@ def _check(path: str, data: dict[str, Any], keys: dict[str, tuple[type, ...]], p
         if not isinstance(value, keys[key]) or isinstance(value, bool) != (bool in keys[key]):
             expected = " or ".join(kind.__name__ for kind in keys[key])
             raise NodeError(f"{path}: {prefix}{key} must be {expected}, not {type(value).__name__}")
-        if isinstance(value, _NUMBER) and not value >= 0:
-            raise NodeError(f"{path}: {prefix}{key} is {value}; it must not be negative")
+        if isinstance(value, _NUMBER) and not 0 <= value <= MOST:
+            raise NodeError(f"{path}: {prefix}{key} is {value}; it must be from 0 to {MOST:,}")
 
 
 def boot_id(config: Config) -> str:

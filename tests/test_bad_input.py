@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import controller as local
-from rms import config, geometry, grant
+from rms import cli, config, geometry, grant
 from rms.errors import RequestError
 from rms.inventory import Run
 from rms.request import COMMENT_TAG, MAX_BYTES, parse, parse_comment, printable
@@ -242,7 +242,8 @@ def configured(node: Node, text: str) -> Node:
         ("gpus = [0]\nstate_dir = 5", "state_dir must be str, not int"),
         ("gpus = [0]\ndeadline_seconds = '5'", "deadline_seconds must be int or float, not str"),
         ("gpus = [0]\ndeadline_seconds = true", "deadline_seconds must be"),
-        ("gpus = [0]\ndeadline_seconds = -1", "it must not be negative"),
+        ("gpus = [0]\ndeadline_seconds = -1", "it must be from 0 to 1,000,000"),
+        (f"gpus = [0]\ndeadline_seconds = {10**400}", "it must be from 0 to 1,000,000"),
         ("gpus = [0]\nholder_seconds = nan", "holder_seconds"),
         ("gpus = [0]\nsimulated = 5", "simulated must be dict"),
         ("gpus = [0]\n[simulated]\nfile = '/dev/shm/x'", "simulated.model is missing"),
@@ -251,7 +252,7 @@ def configured(node: Node, text: str) -> Node:
             "unknown key simulated.latency",
         ),
         ("gpus = [0]\n[simulated]\nfile = '/x'\nmodel = 'A100-80GB'\ngpus = 1.5", "simulated.gpus must be int"),
-        ("gpus = [0]\n[simulated]\nfile = '/x'\nmodel = 'A100-80GB'\ngpus = -1", "negative"),
+        ("gpus = [0]\n[simulated]\nfile = '/x'\nmodel = 'A100-80GB'\ngpus = -1", "it must be from 0"),
         ("gpus = [0]\n[other]\nx = 1", "unknown key other"),
         ("gpus = [0", "not valid TOML"),
         ("gpus = [0]\ngpus = [1]", "not valid TOML"),
@@ -268,6 +269,24 @@ def test_configurations_that_make_no_sense(busy: Node, text: str, says: str) -> 
         assert str(busy.toml) in error or "cannot open" in error
     busy.configure()
     busy.check()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (("slurm-config", "--model=A30", "--gpus=0", "--nodes=a"), USER, "--gpus is 0; a node has 1 or more"),
+        (("watch", "--seconds=nan"), USAGE, "--seconds is from 0.1 to 60"),
+        (("watch", "--seconds=0"), USAGE, "--seconds is from 0.1 to 60"),
+        (("simulate", "--mix=uniform", "--gpus=" + "9" * 400), USER, "from 1 to 128 can be simulated"),
+    ],
+)
+def test_numbers_that_no_verb_takes(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], code: int, says: str
+) -> None:
+    assert cli.main(words) == code
+    out, err = capsys.readouterr()
+    assert out == "" and says in err
+    one_line(err)
 
 
 @pytest.mark.parametrize(

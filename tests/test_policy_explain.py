@@ -120,7 +120,7 @@ def test_the_administrator_asks_why(node: Node, rms: Any, tmp_path: Path) -> Non
     assert text.count("\n* ") == 2 and text.count("the built-in rule's choice") == 2 and "busy 3g.40gb@" in text
     told = json.loads(rms("policy", "explain", "2.0", "--json")[1])
     assert told["same"] is True and told["line"]["run"] == ["cluster", 2, 0]
-    for wrong in ("3", "2.1", "1; ls", "-1"):
+    for wrong in ("3", "2.1", "1; ls", "-1", "2.", "9" * 5000, "2." + "9" * 5000):
         assert rms("policy", "explain", wrong)[0] in (2, 3)
     line = next(one for one in node.audit() if one["event"] == "decision")
     log = Path(node.config.audit_log)

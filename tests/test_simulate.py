@@ -139,6 +139,7 @@ def test_dates() -> None:
         ("20,20,10,20,3g,-1", "not a count: '-1'"),
         ("20,20,10,20,3g,1e99", "not a count: '1e99'"),
         ("20,20,10,20,3g,²", "not a count: "),
+        ("20,20,10,20,3g," + "9" * 5000, "not a count: '99999999999999999999'"),
         ("20,20,10,20,3g,5", "more than the GPUs can hold: 3g:5"),
         ("20,20,10,20,3g,999", "more than the GPUs can hold"),
         ("20,20,10,20", "too few fields: 4 of 6"),
