@@ -637,7 +637,7 @@ def main(arguments: Sequence[str]) -> int:
 
     parser = Parser(prog="controller.py", description="Gives runs of jobs their MIG instances.")
     parser.add_argument("--gpus", type=_whole, metavar="N", help="standard-input mode: provision at most N GPUs")
-    verbs = parser.add_subparsers(dest="verb")
+    verbs = parser.add_subparsers(dest="verb", prog="controller.py")  # asked for it, argparse would import shutil
     acquire = verbs.add_parser("acquire", help="give a run its instances")
     release = verbs.add_parser("release", help="take a run's instances back")
     for verb in (acquire, release):
