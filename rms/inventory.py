@@ -21,7 +21,9 @@ from rms.geometry import Geometry, Placement
 from rms.planner import Busy, Decision, Demand, Ended, GpuView, View
 from rms.request import Request, parse
 
-SCHEMA = 2
+SCHEMA = 3
+"""Of the state file. It counts up with all that is written differently, also a field more: an older RMS then says that
+it does not know this state, and does not take it for damaged. A newer one reads every older schema."""
 RECENT = 256
 """How many requests, and how many ended jobs, the state remembers for the policy's estimate of demand."""
 SPARED_SECONDS = 600.0
@@ -224,7 +226,7 @@ def to_json(state: State) -> str:
 
 
 def from_json(data: dict[str, Any]) -> State:
-    """The state from the object that `to_json` spelled, of this schema or an older one.
+    """The state from the object that `to_json` spelled, of this schema or an older one (what that lacks is as new).
 
     Raises KeyError, TypeError or ValueError on anything else.
     """

@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import controller as local
-from rms import cli, config, geometry, grant
+from rms import cli, config, geometry, grant, inventory
 from rms.errors import RequestError
 from rms.inventory import Run
 from rms.request import COMMENT_TAG, MAX_BYTES, parse, parse_comment, printable
@@ -451,9 +451,15 @@ def test_a_newer_state_through_the_command_line(busy: Node) -> None:
     text = path.read_text()
     import zlib
 
-    body = json.dumps({"schema": 3})
+    body = json.dumps({"schema": inventory.SCHEMA + 1})
     path.write_text(f'{{"crc32":{zlib.crc32(body.encode())},"state":{body}}}\n')
-    refused(busy, NODE, *ACQUIRE, "--request=1g", says="has schema 3, this RMS knows 2")
+    refused(
+        busy,
+        NODE,
+        *ACQUIRE,
+        "--request=1g",
+        says=f"has schema {inventory.SCHEMA + 1}, this RMS knows {inventory.SCHEMA}",
+    )
     path.write_text(text)
     busy.check()
 

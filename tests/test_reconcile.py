@@ -459,7 +459,64 @@ def test_the_verb_s_exit_codes(node: Node, capsys: pytest.CaptureFixture[str]) -
         assert "state.lock is held by" in rms(node, capsys, "reconcile", code=7)
 
 
-# States of an older RMS.
+# States of an older RMS: what its own code has written, with two jobs that run and a Prolog that was killed at work.
+
+STATES = Path(__file__).with_name("states")
+
+
+def left_by(node: Node, schema: str) -> None:
+    """Let the node be one on which that RMS was at work: its state, its GPUs and its jobs' files."""
+    uuids = open_gpus(node)
+    text = (STATES / f"{schema}.json").read_text()
+    for number, uuid in enumerate(uuids):
+        text = text.replace(f'"GPU-{number}"', f'"{uuid}"')
+    old = json.loads(text)
+    body = json.dumps(old["state"])
+    (node.root / "state" / "state.json").write_text(f'{{"crc32":{zlib.crc32(body.encode())},"state":{body}}}\n')
+    node.device().instances(uuids[0])  # the file of the simulated GPUs is there from now on
+    machine = Path(node.simulated["file"])
+    machine.write_text(json.dumps({**json.loads(machine.read_text()), "gpus": old["gpus"]}))
+    made = [{**one, "gpu": gpu["uuid"]} for gpu in old["gpus"] for one in gpu["instances"]]
+    lines = [json.dumps({"op": "create_gpu_instance", "code": 0, **one}) for one in made]
+    Path(f"{machine}.journal").write_text("".join(f"{line}\n" for line in lines))
+    directory = Path(grant.directory(node.config.run_dir))
+    for job, words in old["jobs"].items():
+        (directory / job).write_text("".join(f"{line}\n" for line in words))
+
+
+@pytest.mark.parametrize("schema", sorted(path.stem for path in STATES.iterdir()))
+def test_jobs_run_on_while_rms_is_upgraded(fast_dir: Path, schema: str) -> None:
+    node = Node(fast_dir / "node")
+    left_by(node, schema)
+    before = {job: node.marker(job).read_text() for job in (1, 2)}
+    with pytest.raises(NoRoomError):
+        node.acquire(5, "7g:2")
+    assert not any("damaged" in line for line in node.log)
+    state = node.state()
+    assert [(a.run.job, a.limit) for a in state.allocations] == [(1, 60), (2, None)] and state.intents == []
+    assert state.closed.keys() == {3}
+    for job in (1, 2):
+        assert [i.uuid for i in node.acquire(job, "whatever it was")] == before[job].splitlines()[1:]
+        assert node.marker(job).read_text() == before[job]
+    node.reconcile()
+    node.check()
+    node.release(1)
+    with pytest.raises(ClosedRunError):
+        node.acquire(3, "1g")
+    node.check_empties()
+
+
+def test_what_is_written_differently_has_another_schema(fast_dir: Path) -> None:
+    """Where this fails: count SCHEMA up, and keep a state that this code writes as states/<schema>.json."""
+    node = Node(fast_dir / "node")
+    known = json.loads((STATES / f"{inventory.SCHEMA}.json").read_text())["state"]
+    node.acquire(1, "3g", limit=60)
+    killed_in(node, lambda: node.acquire(4, "4g", limit=10), "create_compute_instance")
+    written = json.loads((node.root / "state" / "state.json").read_text())["state"]
+    for what in ("gpus", "allocations", "intents"):
+        assert known[what][0].keys() == written[what][0].keys(), what
+    assert known["gpus"][0]["instances"][0].keys() == written["gpus"][0]["instances"][0].keys()
+    assert known.keys() == written.keys()
 
 
 def test_a_state_of_schema_1_is_understood(node: Node) -> None:

@@ -24,7 +24,7 @@ from conftest import Node, needs_root
 from rms import cli, show
 from rms.errors import NodeError
 from rms.geometry import Placement, load
-from rms.inventory import Allocation, Gpu, Instance, Intent, Owner, Run, State
+from rms.inventory import SCHEMA, Allocation, Gpu, Instance, Intent, Owner, Run, State
 from rms.show import Seen, coloured, draw, plain, report
 from rms.store import Store
 
@@ -485,10 +485,14 @@ def test_state_that_is_lost_is_one_line(site: Path, capsys: pytest.CaptureFixtur
 
 def test_state_of_a_newer_rms(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = save(site, state(gpu(1)))
-    body = path.read_text().partition(',"state":')[2][:-2].replace('"schema":2', '"schema":3')
+    body = path.read_text().partition(',"state":')[2][:-2].replace(f'"schema":{SCHEMA}', f'"schema":{SCHEMA + 1}')
     path.write_text(f'{{"crc32":{zlib.crc32(body.encode())},"state":{body}}}\n')
     out, err = rms(capsys, "show", code=NodeError.code)
-    assert out == "" and err.startswith(f"rms: {path} has schema 3, this RMS knows 2: ") and err.count("\n") == 1
+    assert (
+        out == ""
+        and err.startswith(f"rms: {path} has schema {SCHEMA + 1}, this RMS knows {SCHEMA}: ")
+        and err.count("\n") == 1
+    )
 
 
 def test_it_waits_for_no_lock_and_leaves_none(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
