@@ -71,7 +71,7 @@ def problems(
     if never is not None:
         yield from _sentinel(node, never, names)
     shares = dict(_split(item) for item in gres if item.startswith(f"{publish.TOKEN}:"))
-    if admission != "sums" and shares.get(f"{publish.TOKEN}:shut") == sum(shares.values()) / 2:  # as slurm.conf has it
+    if admission != "sums" and shares.get(f"{publish.TOKEN}:open") == 1:  # as slurm.conf has it
         yield "slurmctld has forgotten what fits here, or was never told: rms publish, and rms-publish.timer"
 
 

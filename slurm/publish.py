@@ -37,7 +37,8 @@ from slurm.slurmctld import Slurmctld, SlurmError
 PREFIX = "rms_"
 """How every published name begins."""
 TOKEN = "migt"  # noqa: S105
-"""The gres of which every MIG job takes `job:1` and `size:<weight>`; `shut` is the rest of the constant total."""
+"""The gres of which every MIG job takes `job:1`, `size:<weight>` and `open:1`. `open` is the rest of the constant
+total: plenty, but in slurm.conf 1, so that a slurmctld which has forgotten what it was told starts nothing more."""
 EXACT = 8
 """Requests of one profile have a name for each count up to here, and from here on for what whole GPUs hold."""
 MIXES = 64
@@ -289,12 +290,12 @@ def _split(items: Sequence[str], said: Offer) -> list[str]:
     """The items of a gres string with the token's constant total split anew."""
     found = [m for m in (re.fullmatch(rf"{TOKEN}:(\w+):(\d+)(K?)", item) for item in items) if m]
     shares = {m[1]: int(m[2]) * (1024 if m[3] else 1) for m in found}  # 1024 is shown as 1K
-    if set(shares) != {"job", "size", "shut"}:
+    if set(shares) != {"job", "size", "open"}:
         raise NodeError(f"this node has no gres {TOKEN} in slurm.conf: take the lines of `rms slurm-config`")
     total = sum(shares.values())
     job = min(said.jobs, total - 2)
     size = min(said.size, total - 1 - job)
-    new = {"job": job, "size": size, "shut": total - job - size}  # each at least 1: a type without any is set up anew
+    new = {"job": job, "size": size, "open": total - job - size}  # each at least 1: a type without any is set up anew
     return [
         f"{TOKEN}:{(kind := item.split(':')[1])}:{new[kind]}" if item.startswith(f"{TOKEN}:") else item
         for item in items

@@ -6,7 +6,7 @@
 -- The comment is the one field that slurmd hands to the Prolog, inside the signed credential: nobody may forge it.
 --
 --   * where nodes publish what fits (rms_table.lua: admission), the name of the request in the job's constraint, and a
---     share of the token:  --constraint=rms_3g.40gb_1  gres:migt:job:1,gres:migt:size:6
+--     share of the token:  --constraint=rms_3g.40gb_1  gres:migt:job:1,gres:migt:size:6,gres:migt:open:1
 --
 -- All this runs under slurmctld's locks: no files, no processes, no waiting. And no assignment to job.extra but in mode
 -- `extra`, which needs 23.11: slurmctld 22.05 frees it twice and aborts when the job is purged.
@@ -397,6 +397,7 @@ local function check_submit(job)
     if board.gates then
         table.insert(gres, ("%smigt:job:1"):format(request.form))
         table.insert(gres, ("%smigt:size:%d"):format(request.form, share(board, need)))
+        table.insert(gres, ("%smigt:open:1"):format(request.form))
     end
 
     if not fits(board, need, board.gpus) then

@@ -176,7 +176,8 @@ NodeName={SENTINEL} NodeAddr=127.0.0.1 State=FUTURE CPUs=256 RealMemory=4000000 
 def gres(kind: Kind, admission: str) -> str:
     """What a node has: of each profile as many as fit alone, and the slices that all of them share.
 
-    And of the token as much as can ever be wanted: slurmctld forgets what jobs hold beyond it when it is restarted.
+    And of the token as much as can ever be wanted: slurmctld forgets what jobs hold beyond it when it is restarted. Not
+    of `open`, which counts nothing: with one job there slurmctld has none left, until the node publishes.
     """
     known, gpus = kind.known, kind.gpus
     mig = ",".join(f"mig:{profile.name}:{profile.limit * gpus}" for profile in kind.profiles)
@@ -186,7 +187,7 @@ def gres(kind: Kind, admission: str) -> str:
         return both
     jobs = (gpus + 1) * publish.span(known)
     size = jobs * publish.span(known)
-    return f"{both},{publish.TOKEN}:job:{jobs},{publish.TOKEN}:size:{size},{publish.TOKEN}:shut:{jobs + size}"
+    return f"{both},{publish.TOKEN}:job:{jobs},{publish.TOKEN}:size:{size},{publish.TOKEN}:open:1"
 
 
 def table(cluster: Sequence[Kind], admission: str, preempting: Sequence[str] = ()) -> str:

@@ -32,7 +32,7 @@ NODE = {
     "AvailableFeatures": "ib,rms_1g.10gb_1",
     "ActiveFeatures": "ib,rms_1g.10gb_1",
     "Extra": '{"rms_1g.10gb_1":1}',
-    "Gres": f"gpu:a100:2(S:0-1),{site.gres(KIND, 'sums')},migt:job:7,migt:size:7,migt:shut:322",
+    "Gres": f"gpu:a100:2(S:0-1),{site.gres(KIND, 'sums')},migt:job:7,migt:size:7,migt:open:322",
     "Partitions": "main,long",
     "CPUTot": "64",
     "RealMemory": "1000",
@@ -93,7 +93,7 @@ def test_the_node() -> None:
     assert found("features", node={"Gres": bare}) == ["slurm.conf: this node's Gres lacks migt"]
     assert found("sums", node={"Gres": bare}) == []
     assert found("features", node={"AvailableFeatures": "ib", "ActiveFeatures": "ib"}) == [], "it is full"
-    for mode in ("features", "extra"):  # after a reconfigure: features are gone, Extra is not, the token is wide open
+    for mode in ("features", "extra"):  # after a reconfigure: features are gone, Extra is not, the token is shut
         (silent,) = found(mode, node={"Gres": site.gres(KIND, mode)})
         assert "rms publish" in silent
 

@@ -553,7 +553,7 @@ def test_a_profile_that_fits_nowhere_does_not_hang() -> None:
 def test_a_job_asks_for_the_name_of_what_it_needs(version: str, spec: str, name: str, size: int) -> None:
     job = lua(version=version, admission="features").submit(tres_per_node=gres(spec))
     assert job and job["features"] == name and "extra" not in job
-    assert job["tres_per_node"].endswith(f",gres:migt:job:1,gres:migt:size:{size}")
+    assert job["tres_per_node"].endswith(f",gres:migt:job:1,gres:migt:size:{size},gres:migt:open:1")
     newer = lua(version=version, admission="extra").submit(tres_per_node=gres(spec))
     assert newer and newer["extra"] == f"{name}>=1" and "features" not in newer
     assert newer["tres_per_node"] == job["tres_per_node"]
@@ -646,11 +646,17 @@ def mixed() -> Lua:
 @pytest.mark.parametrize(
     ("typed", "fields"),
     [
-        ("mig:3g.40gb:1", "mig:3g.40gb:1 migc:3 migm:4 migt:job:1 migt:size:6 rms_3g.40gb_1"),
-        ("mig:3g.20gb:1", "mig:3g.20gb:1 migc:3 migm:4 migt:job:1 migt:size:6 rms_3g.20gb_1"),
-        ("mig:1g.10gb:1", "mig:1g.10gb:1 migc:1 migm:1 migt:job:1 migt:size:1 rms_1g.10gb_1"),  # not the A100-40GB's
-        ("mig:4g.24gb:1", "mig:4g.24gb:1 migc:4 migm:4 migt:job:1 migt:size:4 rms_4g.24gb_1"),
-        ("mig:7g.80gb:8", "mig:7g.80gb:8 migc:56 migm:64 migt:job:1 migt:size:7 rms_7g.80gb_8"),  # the H100s alone
+        ("mig:3g.40gb:1", "mig:3g.40gb:1 migc:3 migm:4 migt:job:1 migt:size:6 migt:open:1 rms_3g.40gb_1"),
+        ("mig:3g.20gb:1", "mig:3g.20gb:1 migc:3 migm:4 migt:job:1 migt:size:6 migt:open:1 rms_3g.20gb_1"),
+        (
+            "mig:1g.10gb:1",
+            "mig:1g.10gb:1 migc:1 migm:1 migt:job:1 migt:size:1 migt:open:1 rms_1g.10gb_1",
+        ),
+        ("mig:4g.24gb:1", "mig:4g.24gb:1 migc:4 migm:4 migt:job:1 migt:size:4 migt:open:1 rms_4g.24gb_1"),
+        (
+            "mig:7g.80gb:8",
+            "mig:7g.80gb:8 migc:56 migm:64 migt:job:1 migt:size:7 migt:open:1 rms_7g.80gb_8",
+        ),
     ],
 )
 def test_each_kind_of_node_has_its_profiles(mixed: Lua, typed: str, fields: str) -> None:

@@ -6,6 +6,7 @@ import json
 import random
 import re
 import subprocess
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -57,3 +58,35 @@ def test_nothing_is_misplaced_under_overload(slurm_root: Path) -> None:
         change = ["scontrol", "update", f"jobid={held}", "extra=rms_1g.10gb_1>=0"]
         assert slurm.run(*change, user=slurm.users[0], check=False).returncode
         slurm.run("scancel", str(held))
+
+
+def test_a_slurmctld_that_has_forgotten_the_token_starts_nothing(slurm_root: Path) -> None:
+    """It still has the names of what fits: only `open` of the token, one in slurm.conf, keeps jobs from starting."""
+    if version() < (23, 11):
+        pytest.skip("Slurm is older than 23.11")
+    with rms_cluster(slurm_root / "one", nodes=1, admission="extra", create=0.02, destroy=0.02) as slurm:
+        first = slurm.sbatch("sleep 600", "--gres=mig:1g", user=slurm.users[0])
+        for forget in ("reconfigure", "restart"):
+            slurm.wait(lambda: "rms_7g.80gb_2" not in extra(slurm, "n1"), 60, "told")
+            if forget == "restart":
+                slurm.stop_daemon("slurmctld")
+                slurm.start_daemon("slurmctld")
+            else:
+                slurm.run("scontrol", "reconfigure")
+            slurm.wait(lambda: "migt:open:1," in f"{gres(slurm, 'n1')},", 60, "as slurm.conf has it")
+            assert "rms_7g.80gb_1" in extra(slurm, "n1")
+            jobs = [slurm.sbatch("true", f"--gres=mig:{what}", user=slurm.users[0]) for what in ("7g", "4g", "1g")]
+            time.sleep(3)
+            assert {slurm.job(job)["JobState"] for job in jobs} == {"PENDING"}
+            slurm.publish()
+            slurm.wait(lambda jobs=jobs: {slurm.job(job)["JobState"] for job in jobs} == {"COMPLETED"}, 60, "they ran")
+        slurm.run("scancel", str(first))
+        slurm.wait_all(60)
+        audit = (slurm.root / "n1" / "audit.jsonl").read_text()
+        assert audit.count('"event": "refused"') == 0 and audit.count('"event": "granted"') == 7
+        assert slurm.node_states()["n1"] == ("idle", "")
+
+
+def gres(slurm: RmsCluster, node: str) -> str:
+    found = re.search(r"Gres=(\S+)", slurm.run("scontrol", "show", "node", node).stdout)
+    return found[1] if found else ""

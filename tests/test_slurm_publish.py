@@ -152,11 +152,14 @@ def test_after_a_reconfigure_nothing_starts_until_the_node_has_spoken(slurm: Rms
     slurm.wait(lambda: not all("rms_7g.80gb_2" in features(slurm, n) for n in slurm.nodes), 60, "published")
     slurm.run("scontrol", "reconfigure")
     slurm.wait(lambda: not any("rms_" in f for n in slurm.nodes for f in features(slurm, n)), 30, "forgotten")
-    job = slurm.sbatch("true", "--gres=mig:1g", user=slurm.users[0])
+    [busy] = [line.split()[-1] for line in slurm.run("squeue", "-h", "-o", "%N").stdout.splitlines()]
+    jobs = [slurm.sbatch("true", "--gres=mig:1g", *where, user=slurm.users[0]) for where in ([], ["-w", busy])]
     time.sleep(4)
-    assert slurm.job(job)["JobState"] == "PENDING" and slurm.job(job)["Priority"] != "0"
+    for job in jobs:  # the second one without a name: the token alone stops it
+        assert slurm.job(job)["JobState"] == "PENDING" and slurm.job(job)["Priority"] != "0"
     slurm.publish()
-    slurm.wait(lambda: slurm.job(job)["JobState"] == "COMPLETED", 60, "it ran")
+    for job in jobs:
+        slurm.wait(lambda job=job: slurm.job(job)["JobState"] == "COMPLETED", 60, "it ran")
 
 
 def test_what_ends_while_slurmctld_is_away_is_published_later(slurm: RmsCluster) -> None:
