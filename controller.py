@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 from rms import config as configuration
 from rms import demand, grant, hardware, inventory, planner
@@ -27,7 +27,7 @@ from rms.config import Config
 from rms.device import Device, DeviceError
 from rms.errors import ClosedRunError, LockTimeoutError, NodeError, NoRoomError, RequestError, RmsError
 from rms.geometry import Placement
-from rms.inventory import Allocation, Claim, Grants, Intent, Outcome, Owner, Run, State, Step, Survey
+from rms.inventory import Allocation, Claim, Intent, Outcome, Owner, Run, State, Step, Survey
 from rms.planner import Decision, View
 from rms.request import MESSAGE, Request, parse, printable
 from rms.store import Damaged, Store
@@ -43,6 +43,9 @@ LONG_SECONDS = 0.1
 """A look at a GPU that took longer is a look for all processes that have waited for it."""
 TRIES = 2
 """How often one call tries the hardware of a GPU that fails before it leaves that GPU out."""
+
+if TYPE_CHECKING:
+    from rms.reconcile import Grants
 
 T = TypeVar("T")
 
@@ -466,17 +469,21 @@ class Controller:
 
     def _discover(self) -> None:
         """Take in the GPUs after a reboot or a change of the configuration."""
+        from rms import reconcile
+
         found = self._asked(self._device.geometry)
         with self._store.open("discover") as state:
             if state.boot_id != self._boot_id:
                 self._report("this node has booted: instances and allocations from before are gone")
                 for run, *_ in self._grants().values():
                     self._forget(run)
-            inventory.discover(state, self._boot_id, self.config.gpus, found, time.time())
+            reconcile.discover(state, self._boot_id, self.config.gpus, found, time.time())
             self._store.save(state)
 
     def _mend(self, claim: Claim) -> None:
         """Compare GPUs with their records: what dead processes left, what is in doubt, what is quarantined."""
+        from rms import reconcile
+
         since = time.monotonic()
         for gpu in claim.gpus:
             with self._store.hardware([gpu], "mend"):
@@ -493,10 +500,10 @@ class Controller:
                     record = next((g for g in state.gpus if g.uuid == gpu), None)
                     if record is None:
                         continue  # taken out of the configuration meanwhile
-                    before, lost = record.fault, inventory.lost(state)
-                    told = inventory.mend(state, record, survey, claim.intents, self._grants(), time.time())
+                    before, lost = record.fault, reconcile.lost(state)
+                    told = reconcile.mend(state, record, survey, claim.intents, self._grants(), time.time())
                     told += hardware.fence_all(self._device, state, record, before, self._rehearsal)
-                    lost = inventory.lost(state) - lost
+                    lost = reconcile.lost(state) - lost
                     if time.monotonic() - began > LONG_SECONDS:
                         record.looked = began
                     self._store.save(state)
@@ -524,6 +531,8 @@ class Controller:
                 self._log(self.audit.fault)
 
     def _recover(self, damaged: Damaged) -> None:
+        from rms import reconcile
+
         gpus = self._managed()
         with self._store.hardware(gpus, "recover"):
             surveys = self._asked(lambda gpu: hardware.survey(self._device, gpu))
@@ -531,7 +540,7 @@ class Controller:
                 if state is None:
                     return
                 grants = self._grants()
-                told = inventory.recover(state, self._boot_id, self.config.gpus, surveys, grants, time.time())
+                told = reconcile.recover(state, self._boot_id, self.config.gpus, surveys, grants, time.time())
                 for record in state.gpus:
                     told += hardware.fence_all(self._device, state, record, record.fault, self._rehearsal)
                 # A UUID comes back for others, who must not be robbed of it at the next recovery.
