@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import NamedTuple
 
-from rms import files, refused
+from rms import files, sent_back
 from rms.errors import RequestError
 from rms.geometry import Geometry
 from rms.planner import Demand
@@ -118,7 +118,7 @@ def load(state_dir: str, now: float) -> Told | None:
             told = read(file.read(2000), now)
     except (OSError, UnicodeError):
         told = None
-    if (told is None or not told.keep) and (waiting := refused.load(state_dir, now)):
+    if (told is None or not told.keep) and (waiting := sent_back.load(state_dir, now)):
         first = waiting[0]
         queue = tuple(Waiting(one.request, 1, 0, one.submit) for one in waiting)
         return (told or Told(int(first.until), waiting=queue))._replace(job=first.job, keep=first.request)

@@ -2,8 +2,8 @@
 
 One JSON file with a checksum, replaced whole at every change, the generation before it kept beside it. Locks, all in
 the state directory: one for the state, held for milliseconds; one per GPU, held while its hardware is changed; two for
-publishing, one for the list of refused jobs, one for prewarming. A process that holds one of the others may take the
-state's, never the other way round.
+publishing, one for the list of jobs that were sent back, one for prewarming. A process that holds one of the others
+may take the state's, never the other way round.
 """
 
 from __future__ import annotations
@@ -100,9 +100,9 @@ class Store:
             yield
 
     @contextmanager
-    def refusing(self) -> Iterator[None]:
-        """The lock of the jobs that were sent back (rms/refused.py)."""
-        with self._locked("refused.lock", "refused"):
+    def sending_back(self) -> Iterator[None]:
+        """The lock of the jobs that were sent back (rms/sent_back.py)."""
+        with self._locked("sent_back.lock", "send a job back"):
             yield
 
     def save(self, state: State) -> None:

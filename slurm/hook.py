@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import controller
 from rms import config as configuration
-from rms import grant, inventory, planner, refused
+from rms import grant, inventory, planner, sent_back
 from rms.audit import Audit
 from rms.config import Config
 from rms.errors import ClosedRunError, NodeError, NoRoomError, RequestError, RmsError
 from rms.inventory import Run
-from rms.refused import Refused
 from rms.request import Ticket, parse, parse_comment, printable
+from rms.sent_back import SentBack
 from rms.store import Damaged, Store
 
 if TYPE_CHECKING:
@@ -255,32 +255,32 @@ def _remember(hook: Hook, config: Config, ticket: Ticket, slurmctld: Slurmctld, 
         if start is None:
             return
         now = time.time()
-        one = Refused(hook.run.job, name, ticket.request, ticket.submit, start, now + REMEMBERED_SECONDS)
-        with Store(config.state_dir, time.monotonic() + WAKE_SECONDS).refusing():
-            others = [other for other in refused.load(config.state_dir, now) if other.job != one.job]
-            refused.save(config.state_dir, sorted([*others, one], key=lambda other: (other.submit, other.job)))
+        one = SentBack(hook.run.job, name, ticket.request, ticket.submit, start, now + REMEMBERED_SECONDS)
+        with Store(config.state_dir, time.monotonic() + WAKE_SECONDS).sending_back():
+            others = [other for other in sent_back.load(config.state_dir, now) if other.job != one.job]
+            sent_back.save(config.state_dir, sorted([*others, one], key=lambda other: (other.submit, other.job)))
 
 
 def _forget(hook: Hook, config: Config) -> None:
     """A job that has what it was sent back for waits no more: neither is room kept for it, nor can it be woken."""
-    if any(one.job == hook.run.job for one in refused.load(config.state_dir, time.time())):
-        with suppress(OSError, RmsError), Store(config.state_dir, time.monotonic() + WAKE_SECONDS).refusing():
-            waiting = refused.load(config.state_dir, time.time())
-            refused.save(config.state_dir, [one for one in waiting if one.job != hook.run.job])
+    if any(one.job == hook.run.job for one in sent_back.load(config.state_dir, time.time())):
+        with suppress(OSError, RmsError), Store(config.state_dir, time.monotonic() + WAKE_SECONDS).sending_back():
+            waiting = sent_back.load(config.state_dir, time.time())
+            sent_back.save(config.state_dir, [one for one in waiting if one.job != hook.run.job])
 
 
 def _wake(config: Config, slurm_conf: str, log: Log) -> None:
     """Wake the first job in line, if there is room for it by now. One that was held, changed, or has started meanwhile
     is forgotten: what its user has done counts."""
     now = time.time()
-    waiting = refused.load(config.state_dir, now)
+    waiting = sent_back.load(config.state_dir, now)
     if not waiting:
         return
     from slurm.slurmctld import Slurmctld, SlurmError
 
     slurmctld = Slurmctld(slurm_conf, WAKE_SECONDS)
     store = Store(config.state_dir, time.monotonic() + WAKE_SECONDS)
-    over: list[Refused] = []
+    over: list[SentBack] = []
     try:
         state = store.glance()
         for one in waiting:  # without the lock: each question may take as long as slurmctld does
@@ -291,9 +291,9 @@ def _wake(config: Config, slurm_conf: str, log: Log) -> None:
                 break
             over.append(one)
         if over:
-            with store.refusing():
-                left = [one for one in refused.load(config.state_dir, now) if one not in over]
-                refused.save(config.state_dir, left)
+            with store.sending_back():
+                left = [one for one in sent_back.load(config.state_dir, now) if one not in over]
+                sent_back.save(config.state_dir, left)
     except (SlurmError, OSError, RmsError, Damaged) as error:
         log(f"cannot wake the jobs that wait for room: {error}")
 

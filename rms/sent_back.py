@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 from rms import files
 
-FILE = "refused.json"
+FILE = "sent_back.json"
 MOST = 32
 """So many are remembered; those behind come by themselves, at the time that they were given."""
 
 
-class Refused(NamedTuple):
+class SentBack(NamedTuple):
     """A job that was sent back. `name` is what Slurm's commands call it, `submit` when it was submitted, `start` when
     it will come by itself, `until` for how long it is remembered (epochs)."""
 
@@ -31,18 +31,18 @@ class Refused(NamedTuple):
     until: float
 
 
-def load(state_dir: str, now: float) -> list[Refused]:
+def load(state_dir: str, now: float) -> list[SentBack]:
     """Those that are remembered, first in line first."""
     try:
         with open(os.path.join(state_dir, FILE), encoding="ascii") as file:
-            found = [Refused(*entry) for entry in json.load(file)]
+            found = [SentBack(*entry) for entry in json.load(file)]
     except (OSError, ValueError, TypeError):
         return []
     return sorted((one for one in found if one.until > now), key=lambda one: (one.submit, one.job))
 
 
-def save(state_dir: str, waiting: Sequence[Refused]) -> None:
-    """Remember these and no others. Who calls holds the lock (`Store.refusing`). Raises OSError."""
+def save(state_dir: str, waiting: Sequence[SentBack]) -> None:
+    """Remember these and no others. Who calls holds the lock (`Store.sending_back`). Raises OSError."""
     path = os.path.join(state_dir, FILE)
     if waiting:
         files.replace(path, json.dumps(waiting[:MOST]).encode(), 0o600, durable=False)

@@ -13,33 +13,33 @@ from conftest import Node
 from rms_cluster import RmsCluster, rms_cluster
 from throwaway import PATH
 
-from rms import demand, refused
+from rms import demand, sent_back
 from rms.demand import Told
 from rms.errors import NoRoomError
 from rms.inventory import Run
-from rms.refused import MOST, Refused
+from rms.sent_back import MOST, SentBack
 from slurm import hook
 
 
-def one(job: int, submit: int = 0, until: float = 100.0) -> Refused:
-    return Refused(job, str(job), "3g.40gb:1", submit, 50, until)
+def one(job: int, submit: int = 0, until: float = 100.0) -> SentBack:
+    return SentBack(job, str(job), "3g.40gb:1", submit, 50, until)
 
 
 def test_they_are_remembered_in_the_order_of_submission_and_not_for_ever(tmp_path: Path) -> None:
-    assert refused.load(str(tmp_path), 0.0) == []
-    refused.save(str(tmp_path), [one(3, 9), one(2, 5, until=10.0), one(1, 5)])
-    assert [r.job for r in refused.load(str(tmp_path), 0.0)] == [1, 2, 3]
-    assert [r.job for r in refused.load(str(tmp_path), 20.0)] == [1, 3]
-    refused.save(str(tmp_path), [one(job) for job in range(MOST + 5)])
-    assert len(refused.load(str(tmp_path), 0.0)) == MOST
-    refused.save(str(tmp_path), [])
+    assert sent_back.load(str(tmp_path), 0.0) == []
+    sent_back.save(str(tmp_path), [one(3, 9), one(2, 5, until=10.0), one(1, 5)])
+    assert [r.job for r in sent_back.load(str(tmp_path), 0.0)] == [1, 2, 3]
+    assert [r.job for r in sent_back.load(str(tmp_path), 20.0)] == [1, 3]
+    sent_back.save(str(tmp_path), [one(job) for job in range(MOST + 5)])
+    assert len(sent_back.load(str(tmp_path), 0.0)) == MOST
+    sent_back.save(str(tmp_path), [])
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / refused.FILE).write_text("rubbish")
-    assert refused.load(str(tmp_path), 0.0) == []
+    (tmp_path / sent_back.FILE).write_text("rubbish")
+    assert sent_back.load(str(tmp_path), 0.0) == []
 
 
 def test_room_is_kept_for_the_first_unless_the_queue_wants_other_room(tmp_path: Path) -> None:
-    refused.save(str(tmp_path), [one(8, 9), one(7, 5)])
+    sent_back.save(str(tmp_path), [one(8, 9), one(7, 5)])
     told = demand.load(str(tmp_path), 0.0)
     assert told and (told.job, told.keep, len(told.waiting)) == (7, "3g.40gb:1", 2)
     demand.save(str(tmp_path), str(Told(100, 1, "7g.80gb:1")))
@@ -58,17 +58,17 @@ def test_what_is_kept_for_one_that_was_sent_back_is_not_given_to_others(node: No
             node.release(job)
     node.release(2)
     if kept:
-        refused.save(node.config.state_dir, [Refused(99, "99", "3g.40gb:1", 5, 50, time.time() + 60)])
+        sent_back.save(node.config.state_dir, [SentBack(99, "99", "3g.40gb:1", 5, 50, time.time() + 60)])
     node.acquire(10, "1g.10gb:1")
     with nullcontext() if kept else pytest.raises(NoRoomError):
         node.acquire(99, "3g.40gb:1")
 
 
 def test_who_has_come_waits_no_more(node: Node) -> None:
-    refused.save(node.config.state_dir, [one(9, 5, time.time() + 60), one(8, 6, time.time() + 60)])
+    sent_back.save(node.config.state_dir, [one(9, 5, time.time() + 60), one(8, 6, time.time() + 60)])
     come = hook.Hook("n1", Run("c", 9, 1), 1000, "rms1:3g.40gb:1;s=5;l=5;")
     assert hook.prolog(come, node.config, "/nowhere", hook.Log("prolog")) == 0
-    assert [r.job for r in refused.load(node.config.state_dir, time.time())] == [8]
+    assert [r.job for r in sent_back.load(node.config.state_dir, time.time())] == [8]
 
 
 def version() -> tuple[int, ...]:
@@ -104,5 +104,5 @@ def log(slurm: RmsCluster) -> str:
 
 
 def remembered(slurm: RmsCluster) -> str:
-    path = slurm.root / "n1" / "state" / refused.FILE
+    path = slurm.root / "n1" / "state" / sent_back.FILE
     return path.read_text() if path.exists() else ""
