@@ -212,10 +212,10 @@ def holders(device: Device, gpu: str, gi: int, ci: int, look: fence.Look) -> lis
 def look(device: Device, steps: Sequence[Step]) -> tuple[list[Outcome], dict[str, str]]:
     """Fence instances from the user whose run has ended, and look whether anybody still holds them; says which GPU
     failed, and why."""
-    shut = fence.Look()  # taken when all of them are
+    once = fence.Look()  # by the first who asks: all of them are shut by then
     outcomes = [Outcome(step.generation, step.gi, step.ci, step.uuid) for step in steps]
     broken = {}
-    for ask in (_shut, partial(_let_go, look=shut)):
+    for ask in (_shut, partial(_let_go, shared=once)):
         for number, step in enumerate(steps):
             if outcomes[number].trouble or outcomes[number].gi is None:
                 continue
@@ -237,9 +237,9 @@ def _shut(device: Device, step: Step) -> str:
     return ""
 
 
-def _let_go(device: Device, step: Step, look: fence.Look) -> str:
+def _let_go(device: Device, step: Step, shared: fence.Look) -> str:
     """Why an instance is not let go; empty if it is."""
-    pids = holders(device, step.gpu, step.gi or 0, step.ci or 0, look)
+    pids = holders(device, step.gpu, step.gi or 0, step.ci or 0, shared)
     return _held_by(pids) if pids else ""
 
 
