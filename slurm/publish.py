@@ -63,7 +63,7 @@ FILE = "published"
 
 
 def listed(geometry: Geometry, gpus: int) -> list[Request]:
-    """The requests that have a name, for a node of `gpus` GPUs; any other one waits for what is surely enough (lua)."""
+    """The requests that have a name, for a node of `gpus` GPUs; any other one waits for what is enough (site.gates)."""
     found = []
     for profile in geometry.profiles:
         most = profile.limit * gpus

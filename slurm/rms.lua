@@ -262,8 +262,8 @@ local function own_part(comment)
 end
 
 -- Where slurmctld is told what fits (a board's gates): the name of a request that fits, which the job must find published
--- on its node. What has no name of its own waits for one that is surely enough: the next larger count of its profile, or
--- as many whole GPUs as it needs.
+-- on its node. What has no name of its own waits for one that is surely enough: that of the table for small mixes, the
+-- next larger count of its profile, or as many whole GPUs as it needs.
 local function gate(board, need)
     local words, first, count = {}, nil, 0
     for i, profile in ipairs(board.profiles) do

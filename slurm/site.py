@@ -14,9 +14,10 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from rms import config, geometry
+from rms import config, geometry, planner
 from rms.errors import NodeError, RequestError
-from rms.geometry import Geometry, Profile
+from rms.geometry import Geometry, Layout, Placement, Profile
+from rms.planner import GpuView, View
 from rms.request import Request
 from slurm import publish
 
@@ -28,6 +29,8 @@ for one which no node publishes just now."""
 HEALTH_CHECK = "healthcheck"
 NEEDED = {"features": (22, 5), "extra": (23, 11), "sums": (20, 11)}
 """The oldest Slurm (major, minor) for each mode of admission, the best mode first."""
+MIXED = 4
+"""Mixes of so many instances wait for what is surely enough for them, if that is less than empty GPUs (`gates`)."""
 HOOKS = {"Prolog": "prolog", "Epilog": "epilog", "TaskProlog": "task_prolog"}
 
 
@@ -243,11 +246,11 @@ def _board(kind: Kind, admission: str) -> str:
     )
     vectors = "\n".join(f"        {{ {', '.join(str(n) for n in vector)} }}," for vector in fit)
     whole = max(known.profiles, key=lambda profile: (profile.memory, profile.plain)).name
-    listed = [request for request in publish.listed(known, kind.gpus) if {*request.profiles} <= {*names}]
-    gates = "\n".join(f'        ["{request}"] = "{publish.name(request)}",' for request in listed)
+    asked = [item for item in gates(known, kind.gpus).items() if {*item[0].profiles} <= {*names}]
+    lines = "\n".join(f'        ["{request}"] = "{publish.name(published)}",' for request, published in asked)
     published = f"""\
-      gates = {{ -- what is published for each request, the profiles in the order above
-{gates}
+      gates = {{ -- what each request waits for, the profiles in the order above
+{lines}
       }},
       whole = "{whole}", -- takes a whole GPU
       span = {publish.span(known)}, -- the token's size of a job that starts alone
@@ -265,6 +268,68 @@ def _board(kind: Kind, admission: str) -> str:
 {"" if admission == "sums" else published}\
     }},
 """
+
+
+def gates(known: Geometry, gpus: int) -> dict[Request, Request]:
+    """For each request that is published, and for small mixes that are not, the published request that it waits for.
+
+    Where instances of it can be changed for those of a mix, in their own places and whatever is beside them, the mix
+    fits where it does: 3g+1g+1g where 3g+2g does. For a mix it is the smallest such request that fits on as few empty
+    GPUs as the mix itself; without one the mix has none here, and waits for empty GPUs (lua).
+    """
+    published = publish.listed(known, gpus)
+    order = [profile.name for profile in known.profiles]
+    inside = _inside(known)
+    nothing = (0,) * len(order)
+
+    def size(request: Request) -> tuple[int, int]:
+        profiles = [(known.by_name[name], count) for name, count in request.items]
+        return sum(p.memory * count for p, count in profiles), sum(p.compute * count for p, count in profiles)
+
+    found = {request: request for request in published}
+    for larger in sorted(published, key=size):
+        if sum(larger.counts) > MIXED or not all(name in inside for name in larger.profiles):
+            continue
+        sums = {nothing}
+        for name in (name for name, count in larger.items for _ in range(count)):
+            added = ({(*map(sum, zip(one, more, strict=True)),) for more in inside[name]} for one in sums)
+            sums = {counts for several in added for counts in several if sum(counts) <= MIXED}
+        needs = _empty(known, larger)
+        for counts in sorted(sums):
+            mix = Request(tuple((name, count) for name, count in zip(order, counts, strict=True) if count))
+            if len(mix.items) > 1 and mix not in found and (needs == 1 or needs <= _empty(known, mix)):
+                found[mix] = larger
+    return found
+
+
+def _inside(known: Geometry) -> dict[str, set[tuple[int, ...]]]:
+    """For each profile that leaves room beside it, what an instance of it can be changed for, in its own place and
+    whatever is beside it: counts in the order of the profiles, itself and nothing among them. Without those that have
+    media engines or graphics, of which there are few wherever they lie."""
+    order = [profile.name for profile in known.profiles]
+    plain = [profile.name for profile in known.profiles if profile.plain]
+    found: dict[str, set[tuple[int, ...]]] = {}
+    # What is beside it makes a difference by how many of each profile there are, not by where they are.
+    pairs = {(old, tuple(sorted(p.profile for p in held if p != old))) for held in known.maximal(plain) for old in held}
+    for old, beside in pairs:
+        if not beside:
+            continue
+        base = tuple(Placement(name, known.slots, 1) for name in beside)
+        held: list[Layout] = [()]
+        for new in held:  # grows
+            for name in plain[plain.index(new[-1].profile) if new else 0 :]:
+                held += [(*new, place) for place in known.legal(name, base + new) if not place.mask & ~old.mask]
+        can = {tuple(sum(p.profile == name for p in new) for name in order) for new in held}
+        found[old.profile] = found.get(old.profile, can) & can
+    return found
+
+
+def _empty(known: Geometry, request: Request) -> int:
+    """How many empty GPUs a request needs; MIXED + 1 where that is more."""
+    for gpus in range(1, MIXED + 1):
+        if planner.fits(View(tuple(GpuView(str(n), known) for n in range(gpus)), (), None, 0.0), request):
+            return gpus
+    return MIXED + 1
 
 
 def write(made: Mapping[str, str], directory: str) -> None:

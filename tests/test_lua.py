@@ -546,7 +546,8 @@ def test_a_profile_that_fits_nowhere_does_not_hang() -> None:
         ("mig:1g:2", "rms_1g.10gb_2", 7),
         ("mig:1g:9", "rms_1g.10gb_14", 7),  # no name of its own: the next larger count
         ("mig:3g,mig:1g", "rms_1g.10gb_1_3g.40gb_1", 7),  # in the profiles' order, whatever was typed first
-        ("mig:3g,mig:1g:3", "rms_7g.80gb_1", 7),  # no name of its own: a whole GPU is enough
+        ("mig:3g,mig:1g:2", "rms_2g.20gb_1_3g.40gb_1", 7),  # no name of its own: both 1g have room where a 2g has
+        ("mig:2g,mig:1g:4", "rms_7g.80gb_1", 7),  # a whole GPU is enough
         ("mig:4g:1,mig:3g:1,mig:2g:1,mig:1g:1", "rms_7g.80gb_2", 7),
     ],
 )
@@ -561,6 +562,11 @@ def test_a_job_asks_for_the_name_of_what_it_needs(version: str, spec: str, name:
     assert plain and "features" not in plain and "migt" not in plain["tres_per_node"]
 
 
+@functools.cache
+def gates(gpus: int) -> dict[request.Request, request.Request]:
+    return site.gates(geometry.load("A100-80GB"), gpus)
+
+
 @given(st.dictionaries(st.sampled_from(list(geometry.load("A100-80GB").by_name)), st.integers(1, 4), min_size=1))
 def test_where_the_name_is_published_the_request_fits(counts: dict[str, int]) -> None:
     wanted = request.Request(tuple(counts.items()))
@@ -570,6 +576,8 @@ def test_where_the_name_is_published_the_request_fits(counts: dict[str, int]) ->
     assert (job is not None) == planner.fits(empty, wanted)
     if job:
         (meant,) = [r for r in publish.listed(known, 2) if publish.name(r) == job["features"]]
+        if next((n for r, n in gates(2).items() if dict(r.items) == counts), None) == meant:
+            return  # test_publish.py tries these
         if meant.items == tuple(sorted(wanted.items, key=lambda item: list(known.by_name).index(item[0]))):
             return
         if len(meant.items) == 1 and meant.items[0][0] in counts and len(counts) == 1:

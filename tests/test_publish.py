@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import random
@@ -23,7 +24,7 @@ from rms.geometry import Geometry, Placement
 from rms.inventory import Allocation, Gpu, Instance, Intent, Owner, Run, State
 from rms.planner import Busy, GpuView, View
 from rms.request import Request, parse
-from slurm import publish
+from slurm import publish, site
 from slurm.publish import (
     NOTHING,
     Offer,
@@ -84,6 +85,31 @@ def test_a_name_is_published_exactly_if_its_request_fits(node: tuple[Geometry, l
     said = offer(state(known, layouts), "boot", 0.0)
     now = view(known, layouts)
     assert said.names == tuple(name(r) for r in listed(known, len(layouts)) if planner.fits(now, r))
+
+
+@functools.cache
+def gates(model: str, gpus: int) -> dict[Request, Request]:
+    return site.gates(geometry.load(model), gpus)
+
+
+@given(nodes())
+@settings(deadline=None)
+def test_a_mix_without_a_name_fits_where_that_is_published_for_which_it_waits(
+    node: tuple[Geometry, list[list[Placement]]],
+) -> None:
+    known, layouts = node
+    now = view(known, layouts)
+    for mix, published in gates(known.model, len(layouts)).items():
+        if mix != published and planner.fits(now, published):
+            assert planner.fits(now, mix), (str(mix), str(published))
+
+
+def test_what_a_mix_waits_for_never_needs_more_empty_gpus_than_it_does() -> None:
+    for mix, published in gates("A100-80GB", 2).items():
+        for gpus in (1, 2):
+            empty = view(A100, [[] for _ in range(gpus)])
+            assert not planner.fits(empty, mix) or planner.fits(empty, published), (str(mix), str(published))
+    assert str(gates("A100-80GB", 2)[parse("1g.10gb:2,3g.40gb:1", A100)]) == "2g.20gb:1,3g.40gb:1"
 
 
 @given(nodes(), st.randoms(use_true_random=False), st.booleans())
