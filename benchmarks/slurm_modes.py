@@ -37,7 +37,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import records  # noqa: E402
 from rms_cluster import rms_cluster  # noqa: E402
-from throwaway import PATH, Cluster  # noqa: E402
+from throwaway import PATH, SCHEDULER, Cluster  # noqa: E402
 
 import controller  # noqa: E402
 from rms import geometry, planner  # noqa: E402
@@ -384,7 +384,8 @@ def simulated(run: Run, options: argparse.Namespace, known: float, token: float)
     """The mean wait of the same jobs in `policy.simulator`, where what happens is `known` to slurmctld so many seconds
     later, and the next job starts on a node `token` seconds after another.
 
-    They are submitted when they were and run for as long as they did; nodes decide by the shipped policy.
+    They are submitted when they were and run for as long as they did; nodes decide by the shipped policy, and Slurm's
+    passes over the queue are what they are with the bf_interval of these clusters.
     """
     import numpy as np  # not in the chroot
 
@@ -397,13 +398,14 @@ def simulated(run: Run, options: argparse.Namespace, known: float, token: float)
     submit = np.array([job.submit - jobs[0].submit for job in jobs])
     duration = np.array([job.end - job.start for job in jobs])
     pool = simulator.Node(options.nodes * options.gpus, depth=len(jobs), lazy=True, nodes=options.nodes, latency=token)
+    pool = pool._replace(backfill=float(re.findall(r"bf_interval=(\d+)", SCHEDULER)[0]))
     if run.mode == "sums":
         pool = pool._replace(admission=simulator.NODE_SUMS, hold=CREDENTIAL + 10.0)
     stream = Jobs(
         submit + known,
         np.array([numbers[job.request] for job in jobs]),
         duration + known,
-        np.full(len(jobs), 60.0),
+        np.full(len(jobs), 60.0 * math.ceil(options.between[1] / 60)),
         np.zeros(len(jobs), dtype=np.int64),
     )
     w = evaluate.simulate_estimating(moves, rules.tables(MODEL), pool, model.load(moves.geometry), stream)

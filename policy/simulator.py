@@ -32,7 +32,9 @@ WAKE, MADE = -1, -2
 NOTHING, TAKEN, LOOK = -1, -2, -3
 # Places in World.tally and World.clock.
 ARRIVED, EVENTS, HEAD, TAIL, QUEUED, RESERVED, NONEMPTY, PEAK, RANDOM, AHEAD, USED = range(11)
-NOW, DRAINED, GPU_TIME = range(3)
+NOW, DRAINED, GPU_TIME, BACKFILL = range(4)
+# What becomes of a job in a pass of Slurm's over its queue.
+STARTED, PASSED, STOPS = range(3)
 
 
 class Node(NamedTuple):
@@ -45,6 +47,10 @@ class Node(NamedTuple):
     and `destroy` are times that delay a start. `latency` is the time from a start until Slurm knows of it and may start
     the next (the token). `hold` is how long a job waits that Slurm started and that did not fit. `nodes`: to how many
     nodes the GPUs belong. Slurm starts a job on the first of them on which it would; each has a token of its own.
+    `backfill` is Slurm's bf_interval (docs/slurm.md, "Who holds up whom"): a pass over the queue ends at the first job
+    for which a node is only busy, which takes it but for the token or, where Slurm goes by sums, but for slices. A pass
+    of backfill goes on, and plans such a job on the node where a time limit ends first: nobody behind it gets that who
+    may still run then. With 0 every pass goes through all of the queue, and nothing is planned.
     """
 
     gpus: int
@@ -60,6 +66,7 @@ class Node(NamedTuple):
     latency: float = 0.0
     hold: float = 0.02
     nodes: int = 1
+    backfill: float = 0.0
 
 
 class World(NamedTuple):
@@ -70,7 +77,8 @@ class World(NamedTuple):
     ahead). `room[p]` counts the GPUs that can take profile p. Made ahead: `ahead` (idle instances that nobody has used
     yet, as bits), `making` (the placement being made) and `made` (when it is there); `tally[AHEAD]` counts them,
     `tally[USED]` those that a job got.
-    `gates[n]` is when node n takes the next job.
+    `gates[n]` is when node n takes the next job; until then it is `told`, by GPU, what was busy before the last start,
+    and that is what Slurm knows. `plans[n]` is when a job is planned there, in a pass of backfill.
     By job: `start` (nan as long as it has none), `gpu` and `placement` (-1), how many instances were `created` and
     `destroyed` for it, how long that was its `delay`, and how often it was `misplaced`; a job of several instances has
     that many rows, as in `Jobs`.
@@ -101,6 +109,8 @@ class World(NamedTuple):
     tally: Array
     clock: Array
     gates: Array
+    told: Array
+    plans: Array
     start: Array
     gpu: Array
     placement: Array
@@ -113,7 +123,7 @@ class World(NamedTuple):
 def world(t: Tables, node: Node, count: int, seed: int = 0) -> World:
     """An empty node before the first of `count` jobs."""
     placements = len(t.overlaps)
-    events = node.gpus * (t.slots + 1) + 2 + (0 if node.admission == FIT and node.latency == 0 else 2 * count)
+    events = node.gpus * (t.slots + 1) + 3 + (0 if node.admission == FIT and node.latency == 0 else 2 * count)
     counters = np.zeros(11, dtype=np.int64)
     counters[[HEAD, TAIL, RESERVED]] = -1
     counters[RANDOM] = np.random.default_rng(seed).integers(1, 2**62)
@@ -142,8 +152,10 @@ def world(t: Tables, node: Node, count: int, seed: int = 0) -> World:
         left=np.zeros(t.slots),
         gains=np.zeros(placements),
         tally=counters,
-        clock=np.zeros(3),
+        clock=np.zeros(4),
         gates=np.full(node.nodes, -np.inf),
+        told=np.zeros(node.gpus, dtype=np.int32),
+        plans=np.full(node.nodes, np.inf),
         start=np.full(count, np.nan),
         gpu=np.full(count, -1, dtype=np.int16),
         placement=np.full(count, -1, dtype=np.int16),
@@ -518,14 +530,48 @@ def admitted(t: Tables, node: Node, w: World, jobs: Jobs, j: int, n: int) -> boo
 
 
 @inlined()
-def attempt(t: Tables, node: Node, r: Rule, jobs: Jobs, w: World, j: int) -> bool:
-    """Start the job whose first row is j if Slurm would and it fits."""
-    now, last = w.clock[NOW], j + jobs.rest[j] + 1
-    end = now + jobs.limit[j]
+def is_busy(t: Tables, node: Node, w: World, profile: int, n: int) -> bool:
+    """Whether node n, which does not start a job now, is only busy as far as Slurm knows (its ESLURM_NODES_BUSY)."""
+    if node.admission != FIT:
+        return True
+    if w.clock[NOW] < w.gates[n]:
+        size = len(w.state) // node.nodes
+        for state in w.told[n * size : n * size + size]:
+            if t.fits[state, profile] > 0:
+                return True
+    return False
+
+
+@inlined()
+def plan(t: Tables, node: Node, w: World, profile: int) -> None:
+    """Plan a job for which nodes are only busy on that where a time limit ends first."""
+    first, chosen, size = np.inf, -1, len(w.state) // node.nodes
     for n in range(node.nodes):
+        if w.plans[n] == np.inf and is_busy(t, node, w, profile, n):
+            for g in range(n * size, n * size + size):
+                for k in range(len(t.overlaps)):
+                    if t.before[w.state[g], k] >= 0 and w.ends[g, k] < first:
+                        first, chosen = w.ends[g, k], n
+    if chosen >= 0:
+        w.plans[chosen] = first
+
+
+@inlined()
+def attempt(t: Tables, node: Node, r: Rule, jobs: Jobs, w: World, j: int) -> int:
+    """Start the job whose first row is j if Slurm would and it fits. STARTED, or whether the pass STOPS with it."""
+    now, last = w.clock[NOW], j + jobs.rest[j] + 1
+    end, outcome, size = now + jobs.limit[j], PASSED, len(w.state) // node.nodes
+    for n in range(node.nodes):
+        if end > w.plans[n]:
+            continue
         if now < w.gates[n] or not admitted(t, node, w, jobs, j, n):
+            if node.backfill > 0.0 and is_busy(t, node, w, jobs.profile[j], n):
+                outcome = STOPS
             continue
         delay, where = 0.0, -1
+        if node.latency > 0.0:
+            for g in range(n * size, n * size + size):
+                w.told[g] = w.state[g]
         for row in range(j, last):
             where = decide(t, node, r, w, jobs.profile[row], end, now, jobs.profile[row + 1 : last], n)
             if where < 0:  # only ever the first row: none is placed before all are known to fit
@@ -537,15 +583,15 @@ def attempt(t: Tables, node: Node, r: Rule, jobs: Jobs, w: World, j: int) -> boo
             if node.latency > 0.0:
                 w.gates[n] = now + node.latency
                 push(w, w.gates[n], WAKE)
-            return True
+            return STARTED
         if node.admission != FIT:
             if w.tally[RESERVED] < 0:
                 w.misplaced[j] += 1
                 if node.depth:
                     w.ready[j] = now + node.hold
                     push(w, w.ready[j], WAKE)
-            return False
-    return False
+            return PASSED
+    return outcome
 
 
 @compiled()
@@ -574,12 +620,14 @@ def any_open(w: World) -> bool:
 
 @inlined()
 def scan(t: Tables, node: Node, r: Rule, jobs: Jobs, w: World) -> None:
-    """Start every waiting job that can be, in order of submission."""
+    """Start the waiting jobs that can be, in order of submission, up to one that stops a pass (`Node.backfill`)."""
     j, looked = w.tally[HEAD], 0
+    goes_on = w.clock[NOW] >= w.clock[BACKFILL]
     while j >= 0 and looked < node.depth and any_open(w):
         following = w.follower[j]
         looked += 1
-        if w.ready[j] <= w.clock[NOW] and attempt(t, node, r, jobs, w, j):
+        outcome = attempt(t, node, r, jobs, w, j) if w.ready[j] <= w.clock[NOW] else PASSED
+        if outcome == STARTED:
             leader = w.leader[j]
             if leader >= 0:
                 w.follower[leader] = following
@@ -592,7 +640,16 @@ def scan(t: Tables, node: Node, r: Rule, jobs: Jobs, w: World) -> None:
             w.tally[QUEUED] -= 1
         elif node.reserve and w.tally[RESERVED] < 0 and t.profile_memory[jobs.profile[j]] == t.slots:
             keep_one(t, w)
+        if outcome == STOPS and not goes_on:
+            break
+        if outcome == STOPS:
+            plan(t, node, w, jobs.profile[j])
         j = following
+    if goes_on and node.backfill > 0.0:
+        w.plans[:] = np.inf
+        w.clock[BACKFILL] = w.clock[NOW] + node.backfill
+        if w.tally[EVENTS] > 0:
+            push(w, w.clock[BACKFILL], WAKE)
 
 
 @compiled()

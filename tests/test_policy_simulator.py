@@ -308,6 +308,43 @@ def test_the_token_lets_one_start_at_a_time(nodes: int) -> None:
     assert not w.misplaced.any()
 
 
+def given(*rows: tuple[float, str, float, float]) -> Jobs:
+    """Jobs from when they are submitted, profile, duration and time limit."""
+    submit, profile, duration, limit = zip(*rows, strict=True)
+    numbers = np.array([A100.profiles.index(name) for name in profile])
+    return Jobs(np.array(submit), numbers, np.array(duration), np.array(limit), np.zeros(len(rows), dtype=np.int64))
+
+
+@pytest.mark.parametrize(("backfill", "start"), [(0.0, 10.2), (1000.0, 11.0), (0.6, 10.6)])
+def test_who_lacks_only_the_token_stops_a_pass_and_not_one_of_backfill(backfill: float, start: float) -> None:
+    jobs = given(
+        (0.0, "4g.40gb", 100.0, 200.0),
+        (0.0, "4g.40gb", 100.0, 200.0),  # on the other node
+        (2.0, "2g.20gb", 3.0, 200.0),
+        (2.5, "2g.20gb", 100.0, 200.0),  # on the other node
+        (10.0, "2g.20gb", 100.0, 200.0),
+        (10.1, "2g.20gb", 100.0, 200.0),  # fits nowhere: but until 11.0 the first node has not said so
+        (10.2, "1g.10gb", 100.0, 200.0),  # fits on the other node
+    )
+    w = simulate(TABLES, Node(2, depth=9, latency=1.0, nodes=2, backfill=backfill), BUILT_IN, jobs)
+    assert w.start[:5].tolist() == jobs.submit[:5].tolist() and w.gpu[:5].tolist() == [0, 1, 0, 1, 0]
+    assert w.start[6] == pytest.approx(start)
+
+
+@pytest.mark.parametrize(("limit", "start"), [(50.0, 5.0), (90.0, 100.0)])
+def test_by_sums_backfill_lets_only_those_by_who_end_in_time(limit: float, start: float) -> None:
+    jobs = given(
+        (0.0, "7g.80gb", 100.0, 100.0),
+        (0.0, "4g.40gb", 80.0, 80.0),
+        (1.0, "7g.80gb", 100.0, 100.0),  # planned for 80.0, on the second node
+        (2.0, "1g.10gb", 50.0, limit),
+    )
+    node = Node(2, depth=9, nodes=2, admission=NODE_SUMS)
+    assert simulate(TABLES, node, BUILT_IN, jobs).start[3] == 2.0
+    w = simulate(TABLES, node._replace(backfill=5.0), BUILT_IN, jobs)
+    assert w.start[2] == 80.0 and w.start[3] == start
+
+
 # Other modes.
 
 

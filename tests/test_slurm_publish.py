@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import records
 from rms_cluster import RmsCluster, rms_cluster
+from throwaway import Cluster
 
 pytestmark = pytest.mark.slurm
 
@@ -104,6 +105,43 @@ def test_small_jobs_start_together_where_all_of_them_fit(slurm: RmsCluster) -> N
 
 def count(slurm: RmsCluster) -> int:
     return sum(line.split()[1] == "RUNNING" for line in slurm.queue())
+
+
+def test_who_lacks_only_the_token_holds_up_those_behind_until_backfill() -> None:
+    """Slurm's own rule, with names and a token set by hand: the order of starts under load follows from it."""
+    away = "NodeName=away NodeAddr=127.0.0.1 State=FUTURE CPUs=64 Gres=token:1 Features=a,b,c\n"
+    rarely = "sched_interval=1,bf_interval=600,batch_sched_delay=1"
+    with Cluster(gres="token:1", extra_conf=away, scheduler=rarely) as slurm:
+
+        def publish(*names: str) -> None:
+            for node, name in zip(slurm.nodes, names, strict=True):
+                slurm.run(
+                    "scontrol", "update", f"NodeName={node}", f"AvailableFeatures={name}", f"ActiveFeatures={name}"
+                )
+
+        def submit(name: str, work: str) -> int:
+            return slurm.sbatch(work, f"--constraint={name}", "--gres=token:1", user=slurm.users[0])
+
+        def started_by(job: int) -> str:
+            slurm.wait(lambda: slurm.job(job)["JobState"] in ("RUNNING", "COMPLETED"), 60, f"job {job} starts")
+            return slurm.job(job)["Scheduler"]
+
+        publish("a", "b")
+        started_by(submit("a", "sleep 600"))
+        submit("c", "true")  # a name that is nowhere stops nobody
+        assert started_by(submit("b", "true")) == "Main"
+        late, behind = submit("a", "true"), submit("b", "true")
+        time.sleep(3)
+        assert [slurm.job(job)["Reason"] for job in (late, behind)] == ["Resources", "Priority"]
+        publish("x", "b")
+        assert started_by(behind) == "Main"
+        slurm.stop_daemon("slurmctld")
+        slurm.conf.write_text(slurm.conf.read_text().replace("bf_interval=600", "bf_interval=1"))
+        slurm.start_daemon("slurmctld")
+        slurm.wait(lambda: [now.state for now in slurm.node_states().values()] == ["mixed", "idle"], 60, "both are up")
+        publish("a", "b")
+        assert started_by(submit("b", "true")) == "Backfill"
+        assert slurm.job(late)["JobState"] == "PENDING"
 
 
 def test_what_is_not_ours_stays_as_slurm_conf_has_it(slurm: RmsCluster) -> None:
