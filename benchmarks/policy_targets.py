@@ -125,7 +125,7 @@ def exactly(how: How) -> Iterator[str]:
                 seen = evaluate.converged(moves, t, gpus, of, shares, load, how.seeds[0])
                 closed = []
                 for mix in (seen, shares):
-                    reached = exact.evaluate(moves, gpus, shares, load, evaluate.learned(moves, mix)).acceptance
+                    reached = exact.evaluate(moves, gpus, shares, load, evaluate.learned(moves, mix, gpus)).acceptance
                     closed.append(f"{100 * (reached - mfi) / (best - mfi):.0f}")
                 gap = f"{100 * mfi:.2f} | {100 * best:.2f} | {100 * (best - mfi):.2f}"
                 yield f"| {gpus} | {name} | {load} | {gap} | {closed[0]} | {closed[1]} |"
@@ -150,7 +150,7 @@ def queue(how: How, service: str, b: Board = A100) -> Iterator[str]:
                     wait(jobs, w)
                     for w in (
                         simulate(b.t, node, baselines.mfi(b.moves, shares), jobs),
-                        simulate(b.t, node, evaluate.learned(b.moves, shares, b.of, known), jobs),
+                        simulate(b.t, node, evaluate.learned(b.moves, shares, node.gpus, b.of, known), jobs),
                         own(b, node, jobs),
                     )
                 )
@@ -225,12 +225,14 @@ def ablation(how: How) -> Iterator[str]:
         return evaluate.told(anchor, jobs)._replace(ratios=(1.0,))
 
     parts: dict[str, Callable[[Jobs], World]] = {
-        "one table of values, no demand, no times": lambda j: simulate(t, node, evaluate.learned(moves, prior, of), j),
+        "one table of values, no demand, no times": lambda j: simulate(
+            t, node, evaluate.learned(moves, prior, 8, of), j
+        ),
         "+ times, limits at their word": lambda j: simulate(
-            t, node, evaluate.learned(moves, prior, anchor, wordly(j)), j
+            t, node, evaluate.learned(moves, prior, 8, anchor, wordly(j)), j
         ),
         "+ what part of their limits jobs use": lambda j: simulate(
-            t, node, evaluate.learned(moves, prior, anchor, evaluate.told(anchor, j)), j
+            t, node, evaluate.learned(moves, prior, 8, anchor, evaluate.told(anchor, j)), j
         ),
         "+ demand, estimated": lambda j: own(A100, node, j, of=anchor),
         "+ values learned by playing (what ships)": lambda j: own(A100, node, j),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from policy import model
 from policy.model import PRIOR, Model, Times
 from policy.rules import Rule, Tables, by_value, tables
-from policy.simulator import Node, World, advance, finish, simulate, world
+from policy.simulator import NONEMPTY, Node, World, advance, finish, simulate, world
 from policy.transitions import Transitions
 from policy.workload import UNKNOWN, Floats, Jobs, stream
 from rms.planner import Demand, Ended, View
@@ -27,10 +27,11 @@ BLIND = Times()
 """Nothing is known of times."""
 
 
-def learned(moves: Transitions, shares: Floats, of: Model | None = None, known: Times = BLIND) -> Rule:
-    """The rule of a model (the shipped one) for a demand, and for what is known of times."""
+def learned(moves: Transitions, shares: Floats, gpus: int, of: Model | None = None, known: Times = BLIND) -> Rule:
+    """The rule of a model (the shipped one) for a demand, on so many GPUs, and for what is known of times."""
     of = of or model.load(moves.geometry)
-    value = np.array(model.values(of, shares.tolist(), known.rate > 0))[np.array(moves.classes)]
+    of_held = model.worth(of, shares.tolist(), gpus, known.rate > 0)
+    value = np.array([of_held[held] for held in moves.held])
     t = tables(moves.geometry.model)
     ratios = np.array(known.ratios, dtype=np.float64)
     return by_value(t, value, known.rate, of.reuse, ratios, known.guesses, shares)
@@ -51,9 +52,9 @@ def seen_times(of: Model, limits: Floats, durations: Floats) -> Times:
     return times._replace(rate=times.rate * SECONDS)
 
 
-def estimated(of: Model, seen: Floats) -> Floats:
-    """The shares that the runtime sees in these counts of requests by profile."""
-    counts = PRIOR * np.array(of.prior) + seen
+def estimated(prior: Sequence[float] | Floats, seen: Floats) -> Floats:
+    """The shares that the runtime sees in these counts of requests by profile, beside the prior."""
+    counts = PRIOR * np.array(prior) + seen
     return np.asarray(counts / counts.sum())
 
 
@@ -82,7 +83,8 @@ def simulate_estimating(
         end = start + jobs.duration[past]
         over = latest(np.where(end <= w.clock[0], end, np.nan))
         known = seen_times(of, jobs.limit[past][over], jobs.duration[past][over])
-        return learned(moves, estimated(of, seen), of, known)
+        gpus = max(1, int(w.tally[NONEMPTY])) if node.elastic else node.gpus // node.nodes
+        return learned(moves, estimated(of.prior, seen), gpus, of, known)
 
     for first in range(0, len(jobs.submit), turn):
         progress(first / len(jobs.submit))
@@ -102,7 +104,7 @@ def converged(moves: Transitions, t: Tables, gpus: int, of: Model, shares: Float
     jobs = stream(moves, seed, 400_000, shares, load, gpus)
     found = shares
     for _ in range(4):
-        w = simulate(t, Node(gpus), learned(moves, found, of), jobs)
+        w = simulate(t, Node(gpus), learned(moves, found, gpus, of), jobs)
         taken = np.bincount(jobs.profile[w.gpu >= 0], minlength=len(shares))
-        found = estimated(of, REMEMBERED * taken / taken.sum())
+        found = estimated(of.prior, REMEMBERED * taken / taken.sum())
     return found

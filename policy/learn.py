@@ -270,7 +270,7 @@ def mean_wait(moves: Transitions, of: Model, games: Sequence[Game]) -> float:
     """The mean wait under a model, the demand known."""
     t, total = rules.tables(moves.geometry.model), 0.0
     for jobs, shares, node, known in games:
-        rule = evaluate.learned(moves, shares, of, known._replace(rate=known.rate * of.foresight))
+        rule = evaluate.learned(moves, shares, node.gpus, of, known._replace(rate=known.rate * of.foresight))
         total += float((simulate(t, node, rule, jobs).start - jobs.submit).mean())
     return total / len(games)
 
@@ -320,7 +320,7 @@ def train(log: Log, first: int, starts: Sequence[Model], rounds: int, seed: int,
         games = fresh()  # others in each round: what is learned is the workload, not these jobs
     found = moved(start, middle)
     made = {"by": f"rms learn {rms.__version__}", "from": start.name, "jobs": first, "rounds": rounds, "seed": seed}
-    rule = {"foresight": found.foresight, "reuse": found.reuse}
+    rule = {"foresight": found.foresight, "reuse": found.reuse, "stranding": found.stranding}
     wider = [(min(least, s), max(most, s)) for (least, most), s in zip(found.trained, seen.tolist(), strict=True)]
     return model.pack(moves, found.layers, seen.tolist(), rule, made, wider)
 
@@ -329,7 +329,7 @@ def moved(of: Model, x: Floats) -> Model:
     """The model shown shares that are shifted by x, and its foresight multiplied by exp of x's last. The shift of the
     shares is one of the first layer's biases."""
     (rows, biases), *rest = of.layers
-    shifted = [b + float(np.dot(row, x[:-1])) for row, b in zip(rows, biases, strict=True)]
+    shifted = [b + float(np.dot(row[: len(x) - 1], x[:-1])) for row, b in zip(rows, biases, strict=True)]
     return of._replace(layers=[(rows, shifted), *rest], foresight=of.foresight * float(np.exp(x[-1])))
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from policy.transitions import Transitions
 
 WEIGHTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights")
-MAGIC = b"RMS policy 1\n"
+MAGIC = b"RMS policy 2\n"
 MOST_BYTES = 1 << 20
 """The largest file that is read; the shipped one has 20 kB."""
 PRIOR = 32.0
@@ -42,6 +42,8 @@ GUESSES = 3
 """How many guesses of the remaining times a score is the mean of."""
 GOLDEN = 0.6180339887498949
 """Spreads the quantiles of placements evenly (`policy.simulator` has the same)."""
+FEW = 16
+"""On nodes of more GPUs, slices that are stranded count (`stranded`)."""
 TELLING = 8
 """From so few limits, or ended jobs, nothing is concluded."""
 
@@ -69,7 +71,8 @@ class Model(NamedTuple):
     """A model as read. `places` numbers the plain placements by compute slices, memory slices and start; `classes` maps
     the set of numbers that are held, as bits, to its class. The net has two values for each class: at a moment, and for
     integrating over the times that are known. `foresight` is a rate per mean duration, `reuse` what making an
-    instance costs, and destroying one, beside the value of GPUs."""
+    instance costs, and destroying one, beside the value of GPUs, `stranding` a GPU all of whose slices are stranded in
+    a pool without end."""
 
     name: str
     plain: tuple[str, ...]
@@ -81,6 +84,7 @@ class Model(NamedTuple):
     prior: tuple[float, ...]
     foresight: float
     reuse: float
+    stranding: float
     trained: tuple[tuple[float, float], ...]
     """The least and the largest share of each profile in the mixes that it was trained on."""
     manifest: Mapping[str, Any]
@@ -117,18 +121,17 @@ def pack(
     made: Mapping[str, Any],
     trained: Sequence[Sequence[float]] | None = None,
 ) -> bytes:
-    """The bytes of a model file. `rule` has foresight and reuse, `made` is for people: how it came to be. `trained` is
-    as in `Model`; None where it was trained on whatever there is."""
+    """The bytes of a model file. `rule` has foresight, reuse and stranding, `made` is for people: how it came to be.
+    `trained` is as in `Model`; None where it was trained on whatever there is."""
     weights = array("f", [w for rows, biases in layers for row in (*rows, biases) for w in row])
-    held = [sum(1 << moves.placements.index(p) for p in state) for state in moves.states]
-    arrays = (array("I", held), array("B", moves.classes), weights)
+    arrays = (array("I", moves.held), array("B", moves.classes), weights)
     if sys.byteorder == "big":
         for one in arrays:
             one.byteswap()
     body = b"".join(one.tobytes() for one in arrays)
     manifest = {
         "board": signature(moves.geometry),
-        "states": len(held),
+        "states": len(moves.held),
         "shape": [len(layers[0][0][0]), *(len(biases) for _, biases in layers)],
         "prior": list(prior),
         "trained": [list(pair) for pair in trained or [(0.0, 1.0)] * len(prior)],
@@ -168,14 +171,14 @@ def unpack(data: bytes, geometry: Geometry) -> Model:
             at += outputs
         plain = [p for p in geometry.profiles if p.plain]
         prior = tuple(map(float, manifest["prior"]))
-        foresight, reuse = float(manifest["foresight"]), float(manifest["reuse"])
+        foresight, reuse, stranding = (float(manifest[name]) for name in ("foresight", "reuse", "stranding"))
         trained = tuple(
             (float(least), float(most)) for least, most in manifest.get("trained", [(0.0, 1.0)] * len(plain))
         )
         whole = at == len(weights) and len(held) == len(classes) == states and 2 * (max(classes) + 1) == shape[-1]
-        if not whole or not len(prior) == len(trained) == len(plain) == shape[0]:
+        if not whole or not len(prior) == len(trained) == len(plain) == shape[0] - 1:
             raise ModelError("is damaged")
-        if not all(map(isfinite, (*weights, *prior, foresight, reuse))):
+        if not all(map(isfinite, (*weights, *prior, foresight, reuse, stranding))):
             raise ModelError("has weights that are no numbers")
         if not all(least <= share <= most for share, (least, most) in zip(prior, trained, strict=True)):
             raise ModelError("has a prior that it was not trained on")
@@ -196,6 +199,7 @@ def unpack(data: bytes, geometry: Geometry) -> Model:
         prior,
         foresight,
         reuse,
+        stranding,
         trained,
         manifest,
     )
@@ -232,15 +236,40 @@ def in_use(geometry: Geometry, site: str = "", shipped: str = WEIGHTS) -> tuple[
         return load(geometry, shipped), f"{error}; the shipped model stands in"
 
 
-def values(model: Model, shares: Sequence[float], timed: bool = False) -> list[float]:
-    """The value of each class for a demand, at a moment or for integrating over time; the empty GPU's is 0."""
-    x: Sequence[float] = clamped(model, shares)
+def values(model: Model, shares: Sequence[float], gpus: int, timed: bool = False) -> list[float]:
+    """The value of each class for a demand, on a node of so many GPUs, at a moment or for integrating over time; the
+    empty GPU's is 0."""
+    x: Sequence[float] = [*clamped(model, shares), float(gpus == 1)]
     for rows, biases in model.layers[:-1]:
         x = [tanh(sum(map(mul, row, x)) + bias) for row, bias in zip(rows, biases, strict=True)]
     rows, biases = model.layers[-1]
     half = slice(len(rows) // 2, None) if timed else slice(len(rows) // 2)
     out = [sum(map(mul, row, x)) + bias for row, bias in zip(rows[half], biases[half], strict=True)]
     return [value - out[0] for value in out]
+
+
+def worth(model: Model, shares: Sequence[float], gpus: int, timed: bool = False) -> Mapping[int, float]:
+    """The value of each set of placements that a GPU can hold (as in `Model.classes`)."""
+    of_class = values(model, shares, gpus, timed)
+    if gpus <= FEW or not model.stranding:
+        return {held: of_class[c] for held, c in model.classes.items()}
+    price, lost = model.stranding * (1 - FEW / gpus), stranded(model, shares)
+    return {held: of_class[c] - price * lost[held] for held, c in model.classes.items()}
+
+
+def stranded(model: Model, shares: Sequence[float]) -> Mapping[int, float]:
+    """The part of a GPU that is free and of no use, by what it holds: its free slices, times the share of the requests
+    that have no place there (the measure of FGD: Weng et al., USENIX ATC 2023)."""
+    of_place = {number: memory for (_, memory, _), number in model.places.items()}
+    lost: dict[int, float] = {}
+    found = {}
+    for held, c in model.classes.items():
+        if c not in lost:  # states of a class have room for the same
+            places = zip(shares, model.of_profile, strict=True)
+            lost[c] = sum(share for share, ks in places if not any(free(model, held, k) for k in ks))
+        taken = sum(memory for k, memory in of_place.items() if held >> k & 1)
+        found[held] = (1 - taken / max(model.sizes)) * lost[c]
+    return found
 
 
 def clamped(model: Model, shares: Sequence[float]) -> Sequence[float]:
@@ -338,8 +367,8 @@ def reread(model: Model, logged: Mapping[str, Any]) -> Basis:
 
 def decide(model: Model, known: Basis, view: View, asked: Asked, candidates: Sequence[Candidate]) -> Choice:
     """The model's choice. Raises ModelError where it is not made in time."""
-    of_class = values(model, known.shares, known.times.rate > 0)
-    scores = score(model, of_class, view, asked, candidates, known.times)
+    value = worth(model, known.shares, len(view.gpus), known.times.rate > 0)
+    scores = score(model, value, view, asked, candidates, known.times)
     best = min(range(len(candidates)), key=lambda i: (-scores[i], candidates[i].gpu, candidates[i].placement.start))
     chosen = candidates[best]
     mix = " ".join(f"{name} {share:.2f}" for name, share in zip(model.plain, known.shares, strict=True))
@@ -350,7 +379,7 @@ def decide(model: Model, known: Basis, view: View, asked: Asked, candidates: Seq
         + (f", jobs of {minutes(model, known.times)} min" if known.times.rate else ""),
         "learned",
         model.name,
-        layout(model, of_class, known, view.gpus[chosen.gpu], chosen.placement),
+        layout(model, value, known, view.gpus[chosen.gpu], chosen.placement),
         written(model, known),
     )
 
@@ -363,7 +392,8 @@ def wish(view: View, index: int, site: str = "", shipped: str = WEIGHTS) -> Sequ
     except ModelError:
         return ()
     known = basis(model, view, gpu.geometry)
-    return planned(model, values(model, known.shares, known.times.rate > 0), known.shares, gpu, gpu.taken)
+    value = worth(model, known.shares, len(view.gpus), known.times.rate > 0)
+    return planned(model, value, known.shares, gpu, gpu.taken)
 
 
 def minutes(model: Model, known: Times) -> str:
@@ -373,7 +403,7 @@ def minutes(model: Model, known: Times) -> str:
 
 
 def score(
-    model: Model, of_class: Sequence[float], view: View, asked: Asked, candidates: Sequence[Candidate], known: Times
+    model: Model, value: Mapping[int, float], view: View, asked: Asked, candidates: Sequence[Candidate], known: Times
 ) -> list[int]:
     """Each candidate's gain in value, over time, less what making and destroying instances costs; in half millionths,
     so that an idle instance to reuse breaks ties. Raises ModelError where that takes longer than the view allows."""
@@ -396,21 +426,18 @@ def score(
         bit = number(model, gpu.geometry, candidate.placement)
         total = 0.0
         for path, least in zip(paths[candidate.gpu], until, strict=True):
-            total += over_time(model, of_class, path, bit, least)
+            total += over_time(value, path, bit, least)
         saved = toll + 1 if candidate.reuse else -toll * len(candidate.destroys)
         found.append(2 * round(total / len(until) * 1e6) + saved)
     return found
 
 
-def over_time(
-    model: Model, of_class: Sequence[float], path: Sequence[tuple[int, float]], bit: int, until: float
-) -> float:
+def over_time(value: Mapping[int, float], path: Sequence[tuple[int, float]], bit: int, until: float) -> float:
     """What an instance adds to the value of a GPU that empties like this, over the time that it stays itself."""
-    classes = model.classes
     since, total = 1.0, 0.0
     for held, lasts in path:
         left = max(lasts, until)
-        total += (since - left) * (of_class[classes[held | bit]] - of_class[classes[held]])
+        total += (since - left) * (value[held | bit] - value[held])
         since = left
         if left <= until:
             break
@@ -453,16 +480,16 @@ def foresee(model: Model, gpu: planner.GpuView, now: float, known: Times, guess:
     return [*path, (held, 0.0)]
 
 
-def layout(model: Model, of_class: Sequence[float], known: Basis, gpu: planner.GpuView, new: Placement) -> Layout:
+def layout(model: Model, value: Mapping[int, float], known: Basis, gpu: planner.GpuView, new: Placement) -> Layout:
     """The layout that the policy has in mind for a GPU where `new` is placed now: a request that was seen too."""
     shares = list(known.shares)
     shares[model.plain.index(plain_names(gpu.geometry)[new.profile])] += 1 / (PRIOR + known.seen)
     held = (*gpu.taken, new)
-    return tuple(sorted((*held, *planned(model, of_class, shares, gpu, held)), key=lambda p: p.start))
+    return tuple(sorted((*held, *planned(model, value, shares, gpu, held)), key=lambda p: p.start))
 
 
 def planned(
-    model: Model, of_class: Sequence[float], shares: Sequence[float], gpu: planner.GpuView, taken: Layout
+    model: Model, value: Mapping[int, float], shares: Sequence[float], gpu: planner.GpuView, taken: Layout
 ) -> list[Placement]:
     """The slices beside what is taken, filled with the profiles that are expected: by memory slices and the fewer of
     them are planned already, each where it costs least value, to which the price of making it counts."""
@@ -476,7 +503,7 @@ def planned(
             return found
         profile = max(open_to, key=lambda p: (shares[p] * model.sizes[p] / (1 + here[p]), p))
         spots = [k for k in model.of_profile[profile] if free(model, held, k)]
-        spot = max(spots, key=lambda k: of_class[model.classes[held | 1 << k]] + model.reuse * (idle >> k & 1))
+        spot = max(spots, key=lambda k: value[held | 1 << k] + model.reuse * (idle >> k & 1))
         here[profile] += 1
         held |= 1 << spot
         found.append(gpu.geometry.placements(model.plain[profile])[model.of_profile[profile].index(spot)])

@@ -235,12 +235,12 @@ def check(data: bytes, geometry: Geometry) -> Model:
     for _ in range(5):
         began = time.perf_counter()
         found = model.unpack(data, geometry)
-        model.values(found, found.prior)
+        model.values(found, found.prior, 1)
         times.append(time.perf_counter() - began)
     if min(times) > SECONDS:
         raise ModelError(f"takes {1000 * min(times):.0f} ms to read and ask; at most {1000 * SECONDS:.0f} are allowed")
     moves = Transitions(geometry)
-    if {sum(1 << moves.placements.index(p) for p in state) for state in moves.states} != set(found.classes):
+    if set(moves.held) != set(found.classes):
         raise ModelError(f"has not the states of {geometry.model}")
     return found
 

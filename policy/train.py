@@ -85,19 +85,19 @@ class Game(NamedTuple):
 
 
 class Net(torch.nn.Module):
-    """Two values of every class of states, from the shares of the profiles: at a moment, and (`timed`) for integrating
-    over the times that are known. They differ in their last layer."""
+    """Two values of every class of states, from the shares of the profiles and the number of GPUs (`inputs`): at a
+    moment, and (`timed`) for integrating over the times that are known. They differ in their last layer."""
 
     def __init__(self, profiles: int, hidden: int, rank: int, classes: int) -> None:
         super().__init__()
         self.layers = torch.nn.ModuleList(
-            [torch.nn.Linear(profiles, hidden), torch.nn.Linear(hidden, rank), torch.nn.Linear(rank, classes)]
+            [torch.nn.Linear(profiles + 1, hidden), torch.nn.Linear(hidden, rank), torch.nn.Linear(rank, classes)]
         )
         self.timed = torch.nn.Linear(rank, classes)
 
-    def forward(self, shares: torch.Tensor, timed: bool = False) -> torch.Tensor:
-        """Shares of each profile to values; the empty state's is 0."""
-        x = shares
+    def forward(self, asked: torch.Tensor, timed: bool = False) -> torch.Tensor:
+        """`inputs` to values; the empty state's is 0."""
+        x = asked
         for layer in self.layers[:-1]:
             x = torch.tanh(layer(x))
         values: torch.Tensor = self.timed(x) if timed else self.layers[-1](x)
@@ -108,6 +108,19 @@ class Net(torch.nn.Module):
         found = [(layer.weight.tolist(), layer.bias.tolist()) for layer in (*self.layers, self.timed)]
         (rows, biases), (more, further) = found[-2:]
         return [*found[:-2], (rows + more, biases + further)]
+
+
+def inputs(shares: Floats, gpus: int) -> list[float]:
+    """What the net is asked with (`policy.model.values`)."""
+    return [*shares.tolist(), float(gpus == 1)]
+
+
+def noticed(b: Board, anchor: Anchor, nodes: Array, lost: float) -> Floats:
+    """The shares that these nodes, [node, GPU], estimate of their requests. Of those that find no room a part is
+    `lost` elsewhere and never seen; the rest waits, and is seen when it starts."""
+    room = (b.after[nodes] >= 0).any(axis=(1, 3)).mean(axis=0)
+    seen = anchor.shares * (1 - lost * (1 - room))
+    return evaluate.estimated(workload.mix("uniform", b.moves), evaluate.REMEMBERED * seen / seen.sum())
 
 
 def board(moves: Transitions) -> Board:
@@ -244,8 +257,8 @@ def imitate(config: dict[str, Any], seed: int, folder: Path, device: str = "cpu"
         for group in optimiser.param_groups:
             group["lr"] = options["rate"] * (1 - done)
         picked = rng.choice(len(solved), min(options["batch"], len(solved)), replace=False)
-        shares = np.array([solved[i].shares for i in picked])
-        values = net(torch.tensor(shares, dtype=torch.float32, device=device))
+        asked = [inputs(noticed(b, solved[i], chains[i], rng.random()), solved[i].gpus) for i in picked]
+        values = net(torch.tensor(asked, device=device))
         losses = []
         for i, of in zip(picked, values, strict=True):
             greedy = of.detach().cpu().numpy().astype(np.float64)
@@ -304,7 +317,7 @@ def play(config: dict[str, Any], seed: int, net: Net, folder: Path, progress: Pr
             group["lr"] = options["rate"] * (1 - step / options["steps"])
         rng = dice(seed, step)
         game = draw(options, moves, step, rng)
-        values = net(torch.tensor(game.shares, dtype=torch.float32, device=device), timed=True)
+        values = net(torch.tensor(inputs(game.shares, game.gpus), device=device), timed=True)
         centre = values.detach().cpu().numpy().astype(np.float64)
         reach = options["noise"] * centre.std()
         slope = np.zeros(len(centre))
@@ -372,8 +385,8 @@ def examine(config: dict[str, Any], moves: Transitions, net: Net) -> float:
     for i, name in enumerate(workload.MIXES):
         game = Game(8, workload.mix(name, moves), 0.8, config["playing"]["limits"][0])
         with torch.no_grad():
-            shares = torch.tensor(game.shares, dtype=torch.float32, device=net.timed.bias.device)
-            value = net(shares, timed=True).cpu().numpy().astype(np.float64)
+            asked = torch.tensor(inputs(game.shares, game.gpus), device=net.timed.bias.device)
+            value = net(asked, timed=True).cpu().numpy().astype(np.float64)
         for seed in range(4):
             found.append(waits(config, moves, game, stream(moves, game, 40_000, 10 * i + seed), value))
     return float(np.mean(found))

@@ -15,8 +15,9 @@ from rms.geometry import Geometry, Layout
 class Transitions:
     """The states of one GPU; state 0 is empty. Only plain profiles: an attribute (`+me`) changes nothing about room.
 
-    `placements` are numbered by profile, then start. `after[s][k]` is state s with placement k added, `before[s][k]`
-    with it removed, -1 where that can't be. `classes[s]` numbers the equivalence classes, the empty state's is 0.
+    `placements` are numbered by profile, then start; `held[s]` has a bit for each that is in state s. `after[s][k]`
+    is state s with placement k added, `before[s][k]` with it removed, -1 where that can't be.
+    `classes[s]` numbers the equivalence classes, the empty state's is 0.
     """
 
     def __init__(self, board: Geometry) -> None:
@@ -27,6 +28,7 @@ class Transitions:
             tuple(k for k, p in enumerate(self.placements) if p.profile == name) for name in self.profiles
         )
         self.states: tuple[Layout, ...] = tuple(board.layouts(self.profiles))
+        self.held = tuple(sum(1 << self.placements.index(p) for p in state) for state in self.states)
         number = {frozenset(state): s for s, state in enumerate(self.states)}
         self.after = tuple(
             tuple(-1 if p in state else number.get(frozenset((*state, p)), -1) for p in self.placements)

@@ -180,7 +180,7 @@ def test_a_demand_beyond_the_training_is_brought_back(counts: list[float]) -> No
     assert all(least - 1e-9 <= x <= most + 1e-9 for x, (least, most) in zip(taken, of.trained, strict=True))
     inside = all(least <= x <= most for x, (least, most) in zip(shares, of.trained, strict=True))
     assert (taken is shares) == inside
-    assert model.values(of, shares) == model.values(of, taken) or not inside
+    assert model.values(of, shares, 8) == model.values(of, taken, 8) or not inside
     usual = [a - b for a, b in zip(of.prior, shares, strict=True)]
     moved = [a - b for a, b in zip(taken, shares, strict=True)]
     back = max((m / u for m, u in zip(moved, usual, strict=True) if abs(u) > 1e-3), default=0)

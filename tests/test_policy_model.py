@@ -33,7 +33,7 @@ SEED = seeds.CHECKS[77]
 def net(of: Model) -> train.Net:
     """The torch model of a file's weights, in double precision as Python's numbers are."""
     shape = of.manifest["shape"]
-    made = train.Net(shape[0], shape[1], shape[2], shape[3] // 2).double()
+    made = train.Net(shape[0] - 1, shape[1], shape[2], shape[3] // 2).double()
     *first, (rows, biases) = of.layers
     half = shape[3] // 2
     halves = ((rows[:half], biases[:half]), (rows[half:], biases[half:]))
@@ -43,10 +43,10 @@ def net(of: Model) -> train.Net:
     return made
 
 
-def torch_value(shares: np.ndarray, timed: bool = False) -> np.ndarray:
+def torch_value(shares: np.ndarray, gpus: int, timed: bool = False) -> np.ndarray:
     """The value of each state, by torch."""
     with torch.no_grad():
-        value = net(SHIPPED)(torch.tensor(shares, dtype=torch.float64), timed).numpy()
+        value = net(SHIPPED)(torch.tensor(train.inputs(shares, gpus), dtype=torch.float64), timed).numpy()
     return np.asarray(value[np.array(A100.classes)])
 
 
@@ -54,7 +54,7 @@ def seen_as(shares: np.ndarray) -> tuple[tuple[Demand, ...], np.ndarray]:
     """Requests about as these shares, without limits, and the estimate that follows."""
     counts = np.round(60 * shares).astype(int)
     recent = [Demand(NOW, Request(((name, int(n)),)), None) for name, n in zip(A100.profiles, counts, strict=True) if n]
-    return tuple(recent), evaluate.estimated(SHIPPED, counts)
+    return tuple(recent), evaluate.estimated(SHIPPED.prior, counts)
 
 
 def demands(count: int) -> list[np.ndarray]:
@@ -89,16 +89,16 @@ def decided(view: View, profile: str, end: float | None) -> Choice | None:
 def test_every_state_and_profile_of_one_gpu() -> None:
     for shares in demands(50):
         recent, estimate = seen_as(shares)
-        value = torch_value(estimate)
+        value = torch_value(estimate, 1)
         best = rules.by_value(TABLES, value).best
-        of_class = model.values(SHIPPED, estimate.tolist())
-        assert np.allclose([of_class[c] for c in A100.classes], value, atol=1e-12)
+        of_held = model.worth(SHIPPED, estimate.tolist(), 1)
+        assert np.allclose([of_held[held] for held in A100.held], value, atol=1e-12)
         for s in range(len(A100.states)):
             seen = view([s], {}, recent)
             for p, name in enumerate(A100.profiles):
                 offered = planner.candidates(seen, name)
                 if offered:
-                    scores = model.score(SHIPPED, of_class, seen, Asked(name, None), offered, evaluate.BLIND)
+                    scores = model.score(SHIPPED, of_held, seen, Asked(name, None), offered, evaluate.BLIND)
                     first = offered[max(range(len(offered)), key=lambda i: scores[i])]  # the first of the highest
                     assert A100.placements.index(first.placement) == best[s, p]
 
@@ -106,11 +106,14 @@ def test_every_state_and_profile_of_one_gpu() -> None:
 def test_random_pools_with_random_remaining_times() -> None:
     """Half of them on nodes whose jobs have ended before their limits."""
     chance = random.Random(SEED)
-    valued = [(seen_as(s)[0], torch_value(seen_as(s)[1], timed=True)) for s in demands(50)]
+    valued = [
+        (recent, [torch_value(estimate, gpus, timed=True) for gpus in range(1, 9)])
+        for recent, estimate in map(seen_as, demands(50))
+    ]
     early = tuple(Ended(2000.0, 2000.0 / part) for part in sorted(chance.uniform(0.2, 1.0) for _ in range(100)))
     no_jobs = np.zeros(0, dtype=np.int64)
     for _ in range(10_000):
-        recent, value = chance.choice(valued)
+        recent, by_gpus = chance.choice(valued)
         recent = tuple(demand._replace(limit=2000.0) for demand in recent)
         states = [chance.randrange(len(A100.states)) for _ in range(chance.randint(1, 8))]
         node = Node(len(states))
@@ -131,7 +134,7 @@ def test_random_pools_with_random_remaining_times() -> None:
         known = model.times(SHIPPED, View((), recent, None, NOW, ended))
         assert known.rate == pytest.approx(SHIPPED.foresight / 2000.0) and known.guesses == (3 if ended else 1)
         ratios = np.array(known.ratios)
-        rule = rules.by_value(TABLES, value, known.rate, SHIPPED.reuse, ratios, known.guesses)
+        rule = rules.by_value(TABLES, by_gpus[len(states) - 1], known.rate, SHIPPED.reuse, ratios, known.guesses)
         where = simulator.decide(TABLES, node, rule, w, profile, np.inf if end is None else end, NOW, no_jobs, 0)
         choice = decided(view(states, ends, recent, ended, began), A100.profiles[profile], end)
         found = -1
@@ -144,7 +147,7 @@ def test_the_controller_decides_as_the_simulator(fast_dir: Path, monkeypatch: py
     """1,500 jobs through both with the shipped model, its demand estimate held at the prior."""
     node = Node(4, lazy=True)
     jobs = loaded(node, 1500, 0.9)
-    rule = evaluate.learned(A100, np.array(SHIPPED.prior))
+    rule = evaluate.learned(A100, np.array(SHIPPED.prior), node.gpus)
     w = simulate(TABLES, node, rule, jobs)
     monkeypatch.setattr(inventory, "CLOSED", 10)
     monkeypatch.setattr(controller, "BUDGET_SECONDS", 60.0)  # on a busy machine the built-in rule would stand in
@@ -328,6 +331,7 @@ kept = 0.6
 [rule]
 foresight = 0.5
 reuse = 0.0
+stranding = 0.0
 """
 
 
@@ -348,8 +352,8 @@ def test_training_learns_and_goes_on_where_it_was_cut_off(tmp_path: Path) -> Non
     assert read.manifest["made"]["config"] == config and read.manifest["made"]["seed"] == 0
     for timed in (False, True):
         with torch.no_grad():
-            values = made(torch.tensor(read.prior), timed).tolist()
-        assert model.values(read, read.prior, timed) == pytest.approx(values, abs=1e-5)
+            values = made(torch.tensor(train.inputs(np.array(read.prior), 4)), timed).tolist()
+        assert model.values(read, read.prior, 4, timed) == pytest.approx(values, abs=1e-5)
 
 
 def test_training_from_scratch_only_plays(tmp_path: Path) -> None:

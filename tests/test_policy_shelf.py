@@ -24,7 +24,8 @@ def changed(by: float = 1.0, **rule: float) -> bytes:
     of = model.load(A100.geometry)
     *layers, (rows, biases) = of.layers
     scaled = ([[by * w for w in row] for row in rows], [by * b for b in biases])
-    return model.pack(A100, [*layers, scaled], of.prior, {"foresight": of.foresight, "reuse": of.reuse, **rule}, {})
+    known = {"foresight": of.foresight, "reuse": of.reuse, "stranding": of.stranding}
+    return model.pack(A100, [*layers, scaled], of.prior, {**known, **rule}, {})
 
 
 @pytest.fixture(autouse=True)
@@ -135,8 +136,8 @@ def test_a_model_of_other_states_or_another_board_is_refused() -> None:
     with pytest.raises(model.ModelError, match="not for the placements of A30"):
         shelf.check(SHIPPED.read_bytes(), geometry.load("A30"))
     fewer = transitions.Transitions(A100.geometry)
-    fewer.states, fewer.classes = fewer.states[:-1], fewer.classes[:-1]
-    data = model.pack(fewer, of.layers, of.prior, {"foresight": 0.5, "reuse": 0.0}, {})
+    fewer.held, fewer.classes = fewer.held[:-1], fewer.classes[:-1]
+    data = model.pack(fewer, of.layers, of.prior, {"foresight": 0.5, "reuse": 0.0, "stranding": 0.0}, {})
     with pytest.raises(model.ModelError, match="has not the states"):
         shelf.check(data, A100.geometry)
 

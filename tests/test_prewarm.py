@@ -175,7 +175,7 @@ def test_the_simulator_makes_the_same_ahead() -> None:
     t, of = rules.tables("A100-80GB"), model.load(moves.geometry)
     node = simulator.Node(1, prewarm=True, lazy=True, spared=inventory.SPARED_SECONDS)
     shares = model.estimate(of, View((), (), None, 0.0), moves.geometry)
-    rule = evaluate.learned(moves, np.array(shares), of)
+    rule = evaluate.learned(moves, np.array(shares), 1, of)
     made = 0
     for _ in range(1500):
         w = simulator.world(t, node, 0)
