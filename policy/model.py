@@ -249,8 +249,8 @@ def values(model: Model, shares: Sequence[float], gpus: int, timed: bool = False
 
 
 def worth(model: Model, shares: Sequence[float], gpus: int, timed: bool = False) -> Mapping[int, float]:
-    """The value of each set of placements that a GPU can hold (as in `Model.classes`)."""
-    of_class = values(model, shares, gpus, timed)
+    """The value of each set of placements that a GPU can hold (as in `Model.classes`), on a node of so many GPUs."""
+    of_class = values(model, shares, gpus, timed and gpus > 1)  # nobody has played on a single GPU
     if gpus <= FEW or not model.stranding:
         return {held: of_class[c] for held, c in model.classes.items()}
     price, lost = model.stranding * (1 - FEW / gpus), stranded(model, shares)

@@ -107,7 +107,7 @@ def test_random_pools_with_random_remaining_times() -> None:
     """Half of them on nodes whose jobs have ended before their limits."""
     chance = random.Random(SEED)
     valued = [
-        (recent, [torch_value(estimate, gpus, timed=True) for gpus in range(1, 9)])
+        (recent, [torch_value(estimate, gpus, timed=gpus > 1) for gpus in range(1, 9)])
         for recent, estimate in map(seen_as, demands(50))
     ]
     early = tuple(Ended(2000.0, 2000.0 / part) for part in sorted(chance.uniform(0.2, 1.0) for _ in range(100)))
@@ -141,6 +141,31 @@ def test_random_pools_with_random_remaining_times() -> None:
         if choice is not None:
             found = choice.candidate.gpu * len(A100.placements) + A100.placements.index(choice.candidate.placement)
         assert found == where
+
+
+def test_many_gpus_have_a_price_for_stranded_slices() -> None:
+    """On random pools of 40 GPUs; some of the choices are not those without the price."""
+    chance, no_jobs, priced = random.Random(SEED), np.zeros(0, dtype=np.int64), 0
+    recent, estimate = seen_as(demands(1)[0])
+    free = SHIPPED._replace(stranding=0.0)
+    with_it, without = (evaluate.learned(A100, estimate, 40, of) for of in (SHIPPED, free))
+    node = Node(40)
+    for _ in range(60):
+        states = [chance.randrange(1, len(A100.states)) for _ in range(40)]
+        w = simulator.world(TABLES, node, 0)
+        w.state[:] = states
+        w.room[:] = TABLES.fits[states].sum(axis=0)
+        profile = chance.randrange(5)
+        where, other = (
+            simulator.decide(TABLES, node, rule, w, profile, np.inf, NOW, no_jobs, 0) for rule in (with_it, without)
+        )
+        choice = decided(view(states, {}, recent), A100.profiles[profile], None)
+        found = -1
+        if choice is not None:
+            found = choice.candidate.gpu * len(A100.placements) + A100.placements.index(choice.candidate.placement)
+        assert found == where
+        priced += where != other
+    assert priced
 
 
 def test_the_controller_decides_as_the_simulator(fast_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
