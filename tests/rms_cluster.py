@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,22 @@ nodes = "{root}/%n/nodes"
         options["scheduler"] = f"{options.get('scheduler', SCHEDULER)},extra_constraints"
     gres = [",".join(filter(None, [site.gres(kind, admission), others])) for kind in cluster]
     return RmsCluster(root, nodes=nodes, gres=gres, features=features, hooks=hooks, **options)
+
+
+@contextmanager
+def waiting_prologs(slurm: Cluster) -> Iterator[Callable[[], None]]:
+    """Prologs that begin in this block wait at their first line, until what it gives is called or the block is left."""
+    prolog, gate = slurm.etc / "prolog", slurm.root / "gate"
+    text = prolog.read_text()
+    changed = text.replace("\njobs=", f"\nwhile [ -e {gate} ]; do sleep 0.1; done\njobs=", 1)
+    assert changed != text
+    gate.touch()
+    try:
+        prolog.write_text(changed)
+        yield lambda: gate.unlink(missing_ok=True)
+    finally:
+        prolog.write_text(text)
+        gate.unlink(missing_ok=True)
 
 
 def journal(root: Path, node: str) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import records
-from rms_cluster import RmsCluster, rms_cluster
+from rms_cluster import RmsCluster, rms_cluster, waiting_prologs
 
 pytestmark = pytest.mark.slurm
 
@@ -76,18 +76,10 @@ def running(slurm: RmsCluster, gres: str, user: int = 0) -> int:
 @contextmanager
 def in_prolog(slurm: RmsCluster, gres: str) -> Iterator[tuple[int, Callable[[], None]]]:
     """A job whose Prolog has begun and waits until it is let go on."""
-    prolog, gate = slurm.etc / "prolog", slurm.root / "gate"
-    text = prolog.read_text()
-    gate.touch()
-    try:
-        prolog.write_text(text.replace("\njobs=", f"\nwhile [ -e {gate} ]; do sleep 0.1; done\njobs=", 1))
+    with waiting_prologs(slurm) as let_go:
         job = slurm.sbatch(WORK, f"--gres=mig:{gres}", user=slurm.users[0])
         slurm.wait(lambda: slurm.job(job)["JobState"] == "RUNNING", 60, "its Prolog has begun")
-        prolog.write_text(text)
-        yield job, gate.unlink
-    finally:
-        prolog.write_text(text)
-        gate.unlink(missing_ok=True)
+        yield job, let_go
 
 
 def reconcile(slurm: RmsCluster) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import records
-from rms_cluster import rms_cluster
+from rms_cluster import rms_cluster, waiting_prologs
 from throwaway import Cluster
 
 pytestmark = pytest.mark.slurm
@@ -100,20 +100,13 @@ def drained(slurm: Cluster) -> str:
 
 def starting(slurm: Cluster, *requests: str) -> list[int]:
     """Jobs whose Prologs are at work, all at once. What follows a request is another option."""
-    prolog, gate = slurm.etc / "prolog", slurm.root / "gate"
-    text = prolog.read_text()
     jobs = []
-    try:
-        gate.touch()
-        prolog.write_text(text.replace("\njobs=", f"\nwhile [ -e {gate} ]; do sleep 0.1; done\njobs=", 1))
+    with waiting_prologs(slurm):
         for request in requests:
             gres, *options = request.split()
             jobs.append(slurm.sbatch(SHOW, f"--gres=mig:{gres}", *options, user=slurm.users[0]))
         for job in jobs:
             slurm.wait(lambda job=job: slurm.job(job)["JobState"] == "RUNNING", 60, "its Prolog has begun")  # type: ignore[misc]
-    finally:
-        prolog.write_text(text)
-        gate.unlink()
     slurm.wait(lambda: {f"{job}.0" for job in jobs} <= set(busy(slurm)), 60, "their Prologs are at work")
     return jobs
 
@@ -202,24 +195,20 @@ def test_slurmd_and_the_prolog_are_killed(slurm: Cluster) -> None:
 def test_slurmctld_is_away_during_a_refusal(slurm: Cluster) -> None:
     """The Prolog waits until slurmctld can be told, longer than it would wait for room."""
     fill(slurm, 100)
-    prolog, gate, saved = slurm.etc / "prolog", slurm.root / "gate", slurm.root / "state" / "job_state"
-    text = prolog.read_text()
+    saved = slurm.root / "state" / "job_state"
     try:
-        gate.touch()
-        prolog.write_text(text.replace("\njobs=", f"\nwhile [ -e {gate} ]; do sleep 0.1; done\njobs=", 1))
-        job = slurm.sbatch(SHOW, "--gres=mig:3g:2", user=slurm.users[0])
-        slurm.wait(lambda: slurm.job(job)["JobState"] == "RUNNING", 60, "its Prolog has begun")
-        # A slurmctld that has forgotten the job is another story: it saves its state some seconds after a change.
-        began = time.time()
-        slurm.sbatch("true", "--hold", user=slurm.users[0])
-        slurm.wait(lambda: saved.exists() and saved.stat().st_mtime > began, 60, "saved")
-        slurm.stop_daemon("slurmctld", signal.SIGKILL)
-        gate.unlink()
-        slurm.wait(lambda: "waiting for slurmctld" in log(slurm), 60, "the Prolog has noticed")
-        time.sleep(2 * WAIT)
+        with waiting_prologs(slurm) as let_go:
+            job = slurm.sbatch(SHOW, "--gres=mig:3g:2", user=slurm.users[0])
+            slurm.wait(lambda: slurm.job(job)["JobState"] == "RUNNING", 60, "its Prolog has begun")
+            # A slurmctld that has forgotten the job is another story: it saves its state some seconds after a change.
+            began = time.time()
+            slurm.sbatch("true", "--hold", user=slurm.users[0])
+            slurm.wait(lambda: saved.exists() and saved.stat().st_mtime > began, 60, "saved")
+            slurm.stop_daemon("slurmctld", signal.SIGKILL)
+            let_go()
+            slurm.wait(lambda: "waiting for slurmctld" in log(slurm), 60, "the Prolog has noticed")
+            time.sleep(2 * WAIT)
     finally:
-        gate.unlink(missing_ok=True)
-        prolog.write_text(text)
         if not slurm._alive("slurmctld"):
             slurm.start_daemon("slurmctld")
     slurm.wait(lambda: f"job {job}.0: no room for 3g.40gb:2 now; requeued" in log(slurm), 60, "requeued")
