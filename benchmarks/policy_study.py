@@ -1,8 +1,9 @@
 """The figures of the first study of the policy (loss, exact optima, queue, admission, reuse), measured again.
 
-    python benchmarks/policy_study.py [loss] [exact] [exact3] [queue] [admission] [reuse] [speed]
+    python benchmarks/policy_study.py [loss] [exact] [exact3] [queue] [admission] [reuse] [speed] [cells]
 
-Without arguments all but `exact3`, which takes ten minutes; the others take two. Intervals are 95 %, over paired seeds.
+Without arguments all but `exact3` and `cells`, which take ten minutes each; the others take two. Intervals are 95 %,
+over paired seeds.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from policy import baselines, exact, rules, seeds, simulator, transitions, workload
+from policy import baselines, exact, model, rules, seeds, simulator, transitions, workload
 from policy.rules import Rule
 from policy.simulator import Node, World, simulate
 from policy.workload import Jobs
@@ -21,6 +22,8 @@ from policy.workload import Jobs
 A100 = transitions.load("A100-80GB")
 TABLES = rules.tables("A100-80GB")
 SEEDS = seeds.TUNING[:6]
+GAMES = 120
+"""Games of each of the `cells`."""
 
 
 def paired(numbers: Iterable[tuple[float, float]]) -> str:
@@ -144,6 +147,41 @@ def reuse() -> None:
             )
 
 
+def cells() -> None:
+    """The shipped model's values, learned on for one cell alone: nothing is left there that they could depend on, so
+    that load and the number of GPUs as inputs can't gain more. By games, as `policy.train.play`."""
+    from policy import train
+
+    of = model.load(A100.geometry)
+    config = of.manifest["made"]["config"]
+    options = config["playing"]
+    for name, limit in (("uniform", "exact"), ("uniform", "none"), ("skew-small", "none"), ("bimodal", "none")):
+        shares = workload.mix(name, A100)
+        game = train.Game(8, shares, 0.8, limit)
+        start = np.array(model.values(of, shares.tolist(), game.gpus, limit != "none"))
+        reach, value, mean = options["noise"] * start.std(), start, start
+        fast, slow = np.zeros(len(start)), np.zeros(len(start))
+        rng = np.random.default_rng(seeds.TUNING[0])
+        for step in range(GAMES):
+            slope = np.zeros(len(start))
+            for _ in range(options["pairs"]):
+                noise = rng.normal(size=len(start))
+                jobs = train.stream(A100, game, options["jobs"], int(rng.integers(len(seeds.TRAINING))))
+                more, less = (train.waits(config, A100, game, jobs, value + way * reach * noise) for way in (1, -1))
+                slope += noise * (more - less) / (more + less)
+            fast, slow = 0.9 * fast + 0.1 * slope, 0.99 * slow + 0.01 * slope**2
+            pace = 0.02 * start.std() * (1 - step / GAMES)
+            value = value - pace * fast / (1 - 0.9 ** (step + 1)) / np.sqrt(slow / (1 - 0.99 ** (step + 1)))
+            mean = mean + (value - mean) / min(step + 1, GAMES // 2)
+        found = []
+        for seed in seeds.TUNING[:24]:
+            jobs = workload.stream(A100, seed, 60_000, shares, 0.8, 8, limit=limit)
+            before, after = (train.waits(config, A100, game, jobs, v) for v in (start, mean))
+            found.append(100 * (after / before - 1))
+        half = 2.07 * float(np.std(found, ddof=1)) / len(found) ** 0.5
+        print(f"{name:10} limits {limit:5} learned for it alone: {np.mean(found):+.1f} ± {half:.1f} % wait", flush=True)
+
+
 def speed() -> None:
     """Decisions a second on one core."""
     print("\nSpeed, 8 GPUs, uniform, load 0.9: million decisions a second")
@@ -172,8 +210,9 @@ PARTS: dict[str, Callable[[], None]] = {
     "admission": admission,
     "reuse": reuse,
     "speed": speed,
+    "cells": cells,
 }
 
 if __name__ == "__main__":
-    for part in sys.argv[1:] or [part for part in PARTS if part != "exact3"]:
+    for part in sys.argv[1:] or [part for part in PARTS if part not in ("exact3", "cells")]:
         PARTS[part]()
