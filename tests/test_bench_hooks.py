@@ -15,9 +15,7 @@ SLACK = 2.0
 """What counts is the fastest of five starts by the fastest of the reference: this often the aim is no noise."""
 
 
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    disk = tmp_path_factory.mktemp("disk")
+def measure(disk: Path) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks/hooks.py"), "--quick", "--json", "--disk", str(disk)],
         cwd="/",
@@ -32,6 +30,11 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return measure(tmp_path_factory.mktemp("disk"))
+
+
 def test_all_is_measured(measured: dict[str, Any]) -> None:
     assert (measured["schema"], measured["rounds"]) == (1, 5)
     rows = [(row["name"], row["medium"]) for row in measured["rows"]]
@@ -39,10 +42,19 @@ def test_all_is_measured(measured: dict[str, Any]) -> None:
     assert all(0 < row["least"] <= row["median"] <= row["p95"] for row in measured["rows"])
 
 
-def test_no_hook_is_slow(measured: dict[str, Any]) -> None:
-    for row in measured["rows"]:
-        if row["aim"]:
-            assert row["least_ratio"] < SLACK * row["aim"][1], row
+def test_no_hook_is_slow(measured: dict[str, Any], tmp_path: Path) -> None:
+    """The best of four measurements: what is slow is so each time, and the machine may have something else to do."""
+
+    def slow(found: dict[str, Any]) -> dict[tuple[str, str], float]:
+        rows = [row for row in found["rows"] if row["aim"] and row["least_ratio"] >= SLACK * row["aim"][1]]
+        return {(row["name"], row["medium"]): row["least_ratio"] for row in rows}
+
+    still = slow(measured)
+    for _ in range(3):
+        if still:
+            again = slow(measure(tmp_path))
+            still = {row: again[row] for row in still if row in again}
+    assert still == {}
 
 
 def test_how_often_a_hook_waits_for_the_disk(measured: dict[str, Any]) -> None:
