@@ -37,7 +37,7 @@ def examine(config: Config, slurm_conf: str, node: str, state: inventory.State |
     names = None
     if state and state.gpus:
         known: Geometry = state.geometries[state.gpus[0].model]
-        names = [publish.name(request) for request in publish.listed(known, len(state.gpus))]
+        names = publish.names(known, len(state.gpus))
     return list(problems(config.admission, settings, record, never, names))
 
 

@@ -44,6 +44,11 @@ EXACT = 8
 MIXES = 64
 """Requests of several profiles have names as long as there are no more than this: an update costs slurmctld time with
 the square of their number (0.4 ms for 50, 1.2 ms for 150, 7 ms for 400 on 22.05)."""
+SHORT_MINUTES = 10
+"""A job of one small instance whose time limit is no longer than this asks for a name of its own (`short`). That is
+published, too, while there is room for it only in what is kept for another job until after that."""
+SPARE_SECONDS = 120.0
+"""That name goes so much sooner: the timer comes once a minute, and slurmctld looks once a second or more rarely."""
 PATIENCE = 3.0
 """Seconds that a process waits for one that is publishing already."""
 RETRY_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0)
@@ -89,6 +94,17 @@ def name(request: Request) -> str:
     return PREFIX + "_".join(f"{profile}_{count}" for profile, count in request.items)
 
 
+def short(geometry: Geometry) -> dict[str, str]:
+    """What jobs with a short time limit ask for, by profile: those of less than half a GPU, one instance of them."""
+    small = (profile.name for profile in geometry.profiles if 2 * profile.memory < geometry.slots)
+    return {profile: f"{name(Request(((profile, 1),)))}_short" for profile in small}
+
+
+def names(geometry: Geometry, gpus: int) -> list[str]:
+    """All names that a node of `gpus` GPUs publishes at some time."""
+    return [*map(name, listed(geometry, gpus)), *short(geometry).values()]
+
+
 def span(geometry: Geometry) -> int:
     """The most jobs that are let in at once: as many instances as one GPU holds."""
     return max(profile.limit for profile in geometry.profiles)
@@ -124,7 +140,7 @@ def offer(state: State, boot_id: str, now: float, told: Told | None = None) -> O
     view = _pessimistic(state, now)
     geometry = view.gpus[0].geometry
     known = [parse(a.request, geometry) for a in _known(state)]
-    others, kept = view, None
+    others, kept, room = view, None, None
     if told and told.keep and all(a.run.job != told.job for a in state.allocations):
         with suppress(RequestError):
             kept = parse(told.keep, geometry)
@@ -144,6 +160,11 @@ def offer(state: State, boot_id: str, now: float, told: Told | None = None) -> O
     if kept is not None and name(kept) in fitting and len(kept.profiles) == 1:
         # It may come, too, and to another place than its own.
         counts[kept.profiles[0]] = max(counts[kept.profiles[0]], 1)
+    for profile, called in short(geometry).items():
+        if not counts[profile] and room and room.free and room.free - now >= SHORT_MINUTES * 60 + SPARE_SECONDS:
+            counts[profile] = sum(_most(gpu, profile) for gpu in view.gpus)
+        if counts[profile]:
+            fitting.append(called)
     return Offer(
         tuple(fitting),
         len(known) + at_once(geometry, counts),

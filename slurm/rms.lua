@@ -263,8 +263,9 @@ end
 
 -- Where slurmctld is told what fits (a board's gates): the name of a request that fits, which the job must find published
 -- on its node. What has no name of its own waits for one that is surely enough: that of the table for small mixes, the
--- next larger count of its profile, or as many whole GPUs as it needs.
-local function gate(board, need)
+-- next larger count of its profile, or as many whole GPUs as it needs. A small one that runs for a short time only has a
+-- name that is published, too, while what is kept for a large job is not needed yet. `limit` is in minutes, 0 for none.
+local function gate(board, need, limit)
     local words, first, count = {}, nil, 0
     for i, profile in ipairs(board.profiles) do
         if need[i] > 0 then
@@ -272,8 +273,11 @@ local function gate(board, need)
             first, count = profile.name, need[i]
         end
     end
-    if board.gates[table.concat(words, ",")] then
-        return board.gates[table.concat(words, ",")]
+    local typed = table.concat(words, ",")
+    if board.short[typed] and limit > 0 and limit <= site.short_minutes then
+        return board.short[typed]
+    elseif board.gates[typed] then
+        return board.gates[typed]
     elseif #words == 1 then
         for larger = count, MAX_COUNT do
             if board.gates[first .. ":" .. larger] then
@@ -339,13 +343,18 @@ local function preempts(job)
     end
 end
 
+-- A time limit as it stands in the comment; 0 for none.
+local function minutes(limit)
+    return limit and limit <= MAX_LIMIT and limit or 0
+end
+
 -- The fields of a job by which slurmctld lets it in only where it fits, and the problem where there is one.
 local function admit(job, board, need)
     local fields = {}
     if not board.gates or preempts(job) then
         return fields
     end
-    local name, problem = gate(board, need)
+    local name, problem = gate(board, need, minutes(job.time_limit))
     if site.admission == "extra" then
         if job.extra and job.extra ~= "" then
             problem = "--extra can't be used with mig"
@@ -357,11 +366,6 @@ local function admit(job, board, need)
         fields.features, problem = both(job.features, name)
     end -- a job for certain nodes would be refused while these have no room: it goes without, and may be sent back
     return fields, problem
-end
-
--- A time limit for the comment; 0 for none.
-local function minutes(limit)
-    return limit and limit <= MAX_LIMIT and limit or 0
 end
 
 local function check_submit(job)

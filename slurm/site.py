@@ -158,8 +158,7 @@ def _named(cluster: Sequence[Kind]) -> str:
 
 def sentinel(cluster: Sequence[Kind]) -> str:
     """The line of the node that is never there."""
-    listed = (publish.name(request) for kind in cluster for request in publish.listed(kind.known, kind.gpus))
-    names = ",".join(dict.fromkeys(listed))
+    names = ",".join(dict.fromkeys(name for kind in cluster for name in publish.names(kind.known, kind.gpus)))
     most: dict[str, int] = {}
     for item in ",".join(gres(kind, "features") for kind in cluster).split(","):
         name, _, count = item.rpartition(":")
@@ -214,6 +213,7 @@ def table(cluster: Sequence[Kind], admission: str, preempting: Sequence[str] = (
     published = f"""\
   sentinel = "{SENTINEL}",
   preempting = {{ {free} }}, -- partitions and QOS whose jobs do not ask whether they fit
+  short_minutes = {publish.SHORT_MINUTES},
 """
     called = " ".join(f"--model {kind.known.model} --gpus {kind.gpus}" for kind in cluster)
     return f"""\
@@ -248,9 +248,13 @@ def _board(kind: Kind, admission: str) -> str:
     whole = max(known.profiles, key=lambda profile: (profile.memory, profile.plain)).name
     asked = [item for item in gates(known, kind.gpus).items() if {*item[0].profiles} <= {*names}]
     lines = "\n".join(f'        ["{request}"] = "{publish.name(published)}",' for request, published in asked)
+    brief = "\n".join(f'        ["{n}:1"] = "{called}",' for n, called in publish.short(known).items() if n in names)
     published = f"""\
       gates = {{ -- what each request waits for, the profiles in the order above
 {lines}
+      }},
+      short = {{ -- and these ones with a time limit of {publish.SHORT_MINUTES} minutes or less
+{brief}
       }},
       whole = "{whole}", -- takes a whole GPU
       span = {publish.span(known)}, -- the token's size of a job that starts alone

@@ -562,6 +562,23 @@ def test_a_job_asks_for_the_name_of_what_it_needs(version: str, spec: str, name:
     assert plain and "features" not in plain and "migt" not in plain["tres_per_node"]
 
 
+@pytest.mark.parametrize(
+    ("spec", "minutes", "name"),
+    [
+        ("mig:1g", 10, "rms_1g.10gb_1_short"),
+        ("mig:2g", 1, "rms_2g.20gb_1_short"),
+        ("mig:1g", 11, "rms_1g.10gb_1"),
+        ("mig:1g", NOT_GIVEN, "rms_1g.10gb_1"),  # its partition's default, which may be more
+        ("mig:1g", 0, "rms_1g.10gb_1"),  # none
+        ("mig:1g:2", 5, "rms_1g.10gb_2"),
+        ("mig:3g", 5, "rms_3g.40gb_1"),
+    ],
+)
+def test_a_small_job_that_is_over_soon_asks_for_a_name_of_its_own(spec: str, minutes: int, name: str) -> None:
+    job = lua(admission="features").submit(tres_per_node=gres(spec), time_limit=float(minutes))
+    assert job and job["features"] == name
+
+
 @functools.cache
 def gates(gpus: int) -> dict[request.Request, request.Request]:
     return site.gates(geometry.load("A100-80GB"), gpus)

@@ -9,7 +9,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -36,6 +36,7 @@ from slurm.publish import (
     name,
     offer,
     sent,
+    short,
     stands,
     weight,
 )
@@ -44,8 +45,10 @@ A100 = geometry.load("A100-80GB")
 MODELS = ["A100-80GB", "A30", "RTX-PRO-6000"]
 
 
-def state(known: Geometry, layouts: list[list[Placement]], boot_id: str = "boot") -> State:
-    """A node on whose GPUs each of these instances is a job's."""
+def state(
+    known: Geometry, layouts: list[list[Placement]], boot_id: str = "boot", limits: Iterator[int | None] | None = None
+) -> State:
+    """A node on whose GPUs each of these instances is a job's, begun at 0 with one of these time limits (minutes)."""
     made = State(boot_id=boot_id, managed=list(range(len(layouts))), geometries={known.model: known})
     for number, layout in enumerate(layouts):
         gpu = Gpu(f"GPU-{number}", known.model)
@@ -54,7 +57,17 @@ def state(known: Geometry, layouts: list[list[Placement]], boot_id: str = "boot"
             run = Run("c", instance.generation, 0)
             request = f"{placement.profile}:1"
             made.allocations.append(
-                Allocation(run, 1, request, None, None, 0.0, boot_id, [instance.generation], granted=True)
+                Allocation(
+                    run,
+                    1,
+                    request,
+                    None,
+                    next(limits) if limits else None,
+                    0.0,
+                    boot_id,
+                    [instance.generation],
+                    granted=True,
+                )
             )
             gpu.instances.append(instance)
         made.gpus.append(gpu)
@@ -84,7 +97,9 @@ def test_a_name_is_published_exactly_if_its_request_fits(node: tuple[Geometry, l
     known, layouts = node
     said = offer(state(known, layouts), "boot", 0.0)
     now = view(known, layouts)
-    assert said.names == tuple(name(r) for r in listed(known, len(layouts)) if planner.fits(now, r))
+    fitting = [name(r) for r in listed(known, len(layouts)) if planner.fits(now, r)]
+    brief = [called for profile, called in short(known).items() if name(Request(((profile, 1),))) in fitting]
+    assert said.names == (*fitting, *brief)
 
 
 @functools.cache
@@ -118,30 +133,41 @@ def test_whatever_the_token_lets_in_fits_wherever_it_is_placed(
     node: tuple[Geometry, list[list[Placement]]], chance: random.Random, keeping: bool
 ) -> None:
     known, layouts = node
-    before = state(known, layouts)
+    limits = chance.choices((None, 5, 13), k=20)
+    before = state(known, layouts, limits=iter(limits))
+    ends = iter([limit and limit * 60.0 for limit in limits])
+    free_at = {(gpu, place): next(ends) for gpu, layout in enumerate(layouts) for place in layout}
     kept = chance.choice(listed(known, len(layouts))) if keeping else None
     told = demand.Told(100, 999_999, str(kept)) if kept else None
     said = offer(before, "boot", 0.0, told)
 
-    def places(profile: str, wanted: Request) -> list[tuple[int, Placement]]:
+    def places(profile: str, wanted: Request, end: float | None) -> list[tuple[int, Placement]]:
         """Where the controller may put it: beside what is kept, if there is room."""
-        whole = view(known, layouts)
+        gpus = enumerate(view(known, layouts).gpus)
+        held = [
+            gpu._replace(busy=tuple(b._replace(end=free_at.get((n, b.placement))) for b in gpu.busy)) for n, gpu in gpus
+        ]
+        whole = View(tuple(held), (), None, 0.0)
         room = planner.first_room(whole, kept) if kept and wanted != kept else None
-        beside = planner.beside(whole, room, None) if room else whole
+        beside = planner.beside(whole, room, end) if room else whole
         found = [[(c.gpu, c.placement) for c in planner.candidates(v, profile)] for v in (beside, whole)]
         return found[0] or found[1]
 
     jobs = said.jobs - len(before.allocations)
     size = said.size - sum(weight(known, parse(a.request, known)) for a in before.allocations)
     assert 1 <= jobs <= size == publish.span(known)
-    published = [r for r in listed(known, len(layouts)) if name(r) in said.names]
-    small = [r for r in published if weight(known, r) < size]
-    while jobs and (allowed := [r for r in published if weight(known, r) <= size]):
-        wanted = chance.choice([r for r in allowed if r in small] or allowed)
+    ours: dict[str, tuple[Request, float | None]] = {name(r): (r, None) for r in listed(known, len(layouts))}
+    ours |= {
+        called: (Request(((profile, 1),)), publish.SHORT_MINUTES * 60.0) for profile, called in short(known).items()
+    }
+    published = [ours[called] for called in said.names]
+    small = [asked for asked in published if weight(known, asked[0]) < size]
+    while jobs and (allowed := [asked for asked in published if weight(known, asked[0]) <= size]):
+        wanted, end = chance.choice([asked for asked in allowed if asked in small] or allowed)
         jobs, size = jobs - 1, size - weight(known, wanted)
         assert planner.fits(view(known, layouts), wanted), f"{wanted} beside {layouts}"
         for profile in wanted.profiles:  # as badly as can be: anywhere
-            if not (free := places(profile, wanted)):
+            if not (free := places(profile, wanted, end)):
                 break  # only one instance at a time is placed badly; a request as a whole is planned
             gpu, place = chance.choice(free)
             layouts[gpu].append(place)
@@ -241,19 +267,29 @@ def test_what_is_kept_for_one_job_is_not_offered_to_others() -> None:
     said = offer(node, "boot", 0.0, told)
     assert said.names == ()
     assert offer(node, "boot", 0.0).names
+    node.allocations[0].limit = 13
+    brief = ("rms_1g.10gb_1_short", "rms_1g.10gb+me_1_short", "rms_1g.20gb_1_short", "rms_2g.20gb_1_short")
+    said = offer(node, "boot", 0.0, told)
+    assert said.names == brief, "who has ended by then may use it"
+    assert said.jobs - len(node.allocations) > 1, "and several of them at once"
+    assert offer(node, "boot", 60.0, told).names == brief and offer(node, "boot", 61.0, told).names == ()
     here = told._replace(job=node.allocations[0].run.job)
     assert offer(node, "boot", 0.0, here) == offer(node, "boot", 0.0), "it runs here already"
     node = state(A100, [[], [Placement("1g.10gb", 0, 1)]])
     said = offer(node, "boot", 0.0, told)
     assert name(parse("7g:1", A100)) in said.names  # the one it is kept for
     assert name(parse("1g:6", A100)) in said.names and name(parse("1g:7", A100)) not in said.names
+    node = state(A100, [[Placement("3g.40gb", 0, 4), Placement("1g.10gb", 6, 1)]])
+    assert offer(node, "boot", 0.0, told._replace(keep="2g.20gb:1")).names == (name(parse("2g", A100)), brief[-1]), (
+        "it may itself be one that is over soon"
+    )
 
 
 def test_every_model_has_few_names_and_the_largest_empty_node_is_quick() -> None:
     for model in geometry.models():
         known = geometry.load(model)
         requests = listed(known, 8)
-        assert len({name(r) for r in requests}) == len(requests) < 200
+        assert len({*publish.names(known, 8)}) == len(requests) + len(short(known)) < 200
         for profile in known.profiles:
             assert Request(((profile.name, profile.limit * 8),)) in requests
 

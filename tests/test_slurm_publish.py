@@ -15,6 +15,8 @@ import records
 from rms_cluster import RmsCluster, rms_cluster
 from throwaway import Cluster
 
+from rms.demand import Told
+
 pytestmark = pytest.mark.slurm
 
 PROFILES = ["1g", "2g", "3g", "4g", "7g"]
@@ -101,6 +103,24 @@ def test_small_jobs_start_together_where_all_of_them_fit(slurm: RmsCluster) -> N
     slurm.wait(lambda: count(slurm) == 14, 60, "all run")
     starts = sorted(slurm.run("squeue", "-h", "-r", "-j", str(array), "-o", "%S").stdout.split())
     assert max(Counter(starts).values()) >= 4, f"in one pass of the scheduler: {starts}"
+
+
+def test_what_is_kept_is_open_to_small_jobs_that_are_over_before_it_is_needed(slurm: RmsCluster) -> None:
+    user = slurm.users[0]
+    full = slurm.sbatch("sleep 300", "--gres=mig:7g:2", "--time=60", user=user)
+    slurm.wait(lambda: count(slurm) == 1, 60, "a node is full")
+    for spec in ("7g", "3g"):  # on the other one
+        slurm.sbatch("sleep 300", f"--gres=mig:{spec}", "--time=30", user=user)
+    slurm.wait(lambda: count(slurm) == 3, 60, "and a half of a GPU is left on the other")
+    (node,) = {*slurm.nodes} - {slurm.job(full)["NodeList"]}
+    slurm.run("scontrol", "update", f"NodeName={node}", f"Comment={Told(int(time.time()) + 170, 999, '7g.80gb:2')}")
+    slurm.publish(node)
+    late, soon = (slurm.sbatch("sleep 300", "--gres=mig:1g", f"--time={minutes}", user=user) for minutes in (11, 10))
+    slurm.wait(lambda: slurm.job(soon)["JobState"] == "RUNNING", 60, "the one that is over soon starts")
+    assert slurm.job(soon)["NodeList"] == node and slurm.job(late)["JobState"] == "PENDING"
+    slurm.run("scontrol", "update", f"NodeName={node}", "Comment=")
+    slurm.publish(node)
+    slurm.wait(lambda: slurm.job(late)["JobState"] == "RUNNING", 60, "nothing is kept any more")
 
 
 def count(slurm: RmsCluster) -> int:
