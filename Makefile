@@ -49,7 +49,7 @@ bench-slurm: $(VENV)/tools | slurm
 bench-large: $(VENV)/tools | slurm
 	$(BIN)/python benchmarks/slurm_modes.py --nodes 8 --gpus 8 --jobs 2000 --between 45,105 --gap 0.4 --short 0 --modes features --write
 
-# What slurmctld has to do for 1,000 nodes, and with 5,000 jobs waiting: five minutes.
+# What slurmctld has to do for 1,000 nodes, and with 5,000 jobs waiting, here and in the chroot: a quarter of an hour.
 bench-load: $(VENV)/tools | slurm
 	$(BIN)/python benchmarks/slurm_load.py --write
 

@@ -63,6 +63,8 @@ OURS = (
 FIRST_SEED = 7
 CREDENTIAL = 5
 """cred_expire of these clusters, in seconds: as short as Slurm takes it."""
+LOGGING = "SlurmctldDebug=info\n"
+"""Slurm's own default; a line for each message and each job looked at would be in the times."""
 STALLED = 180.0
 """Seconds beside a job's own in which at least one must end."""
 
@@ -156,14 +158,22 @@ def audit(slurm: Cluster) -> list[dict[str, Any]]:
     return [json.loads(line) for log in logs if log.exists() for line in log.read_text().splitlines()]
 
 
-def load(slurm: Cluster) -> tuple[int, float, float]:
-    """Messages of ours since the last reset, the seconds that slurmctld spent on them, and on scheduling passes."""
+def first(slurm: Cluster) -> None:
+    """Have slurmctld and munged run before everything else, as if they had a machine of their own: sdiag counts by the
+    clock, and here all nodes, their hooks and the users share a few cores with them."""
+    for daemon in ("munged", "slurmctld"):
+        command = ["chrt", "--fifo", "--all-tasks", "--pid", "1", str(slurm.pid(daemon))]
+        subprocess.run(command, check=True, capture_output=True)
+
+
+def diagnosis(slurm: Cluster) -> tuple[dict[str, tuple[int, float]], int, float]:
+    """What sdiag says since its last reset: messages of ours by name, how many and the seconds that slurmctld spent on
+    them; scheduling passes, and the seconds in them."""
     text = slurm.run("sdiag").stdout
     found = re.findall(r"REQUEST_(\w+)\s+\(\s*\d+\)\s+count:(\d+)\s+ave_time:\d+\s+total_time:(\d+)", text)
-    ours = [(int(count), int(total)) for name, count, total in found if name in OURS]
+    ours = {name: (int(count), int(total) / 1e6) for name, count, total in found if name in OURS}
     cycles = re.search(r"Main schedule.*?Total cycles:\s+(\d+)\s+Mean cycle:\s+(\d+)", text, re.DOTALL)
-    passes = int(cycles[1]) * int(cycles[2]) / 1e6 if cycles else 0.0
-    return sum(c for c, _ in ours), sum(t for _, t in ours) / 1e6, passes
+    return (ours, int(cycles[1]), int(cycles[1]) * int(cycles[2]) / 1e6) if cycles else (ours, 0, 0.0)
 
 
 def freed(found: Sequence[records.Slot]) -> dict[int, float]:
@@ -218,8 +228,9 @@ def with_rms(mode: str, seed: int, options: argparse.Namespace) -> Run:
     """All three loads, on a cluster of RMS's."""
     with a_place() as place, rms_cluster(
         place / "c", nodes=options.nodes, gpus=options.gpus, create=0.05, destroy=0.05, admission=mode, cpus=64,
-        cred_expire=CREDENTIAL,
+        cred_expire=CREDENTIAL, extra_conf=LOGGING,
     ) as slurm:  # fmt: skip
+        first(slurm)
         rate = at_once(slurm, options.short) if options.short else None
         idle = one_by_one(slurm, options.nodes * options.gpus) if options.short else None
         slurm.run("sdiag", "--reset")
@@ -227,7 +238,7 @@ def with_rms(mode: str, seed: int, options: argparse.Namespace) -> Run:
         jobs = submit(slurm, overload(options.jobs, seed, options.between), options.gap)
         found = over(jobs, options.between[1])
         total = time.time() - began
-        messages, seconds, passes = load(slurm)
+        messages, _, passes = diagnosis(slurm)
         busy = os.getloadavg()[0]
         slurm.wait_all(120)
         events = [event for event in audit(slurm) if event["t"] >= began]
@@ -244,8 +255,8 @@ def with_rms(mode: str, seed: int, options: argparse.Namespace) -> Run:
             total,
             idle,
             rate,
-            messages / options.jobs,
-            seconds * 1e3 / options.jobs,
+            sum(count for count, _ in messages.values()) / options.jobs,
+            sum(took for _, took in messages.values()) * 1e3 / options.jobs,
             passes * 1e3 / options.jobs,
             busy,
             [ran(jobs[j], one, None if j in sent_back else free[j]) for j, one in found.items()],
@@ -293,14 +304,15 @@ def on_shards(seed: int, options: argparse.Namespace) -> Run:
             lines.append(f"NodeName=n{node} Name=shard Count={100 * options.gpus}\n")
         with Cluster(
             root, nodes=options.nodes, cpus=64, gres=f"gpu:{options.gpus},shard:{100 * options.gpus}",
-            files={"gres.conf": "".join(lines)}, cred_expire=CREDENTIAL,
+            files={"gres.conf": "".join(lines)}, cred_expire=CREDENTIAL, extra_conf=LOGGING,
         ) as slurm:  # fmt: skip
+            first(slurm)
             slurm.run("sdiag", "--reset")
             began = time.time()
             work = overload(options.jobs, seed, options.between)
             jobs = submit(slurm, work, options.gap, {p: f"shard:{count}" for p, count in SHARDS.items()})
             found = over(jobs, options.between[1])
-            total, (_, _, passes), busy = time.time() - began, load(slurm), os.getloadavg()[0]
+            total, (_, _, passes), busy = time.time() - began, diagnosis(slurm), os.getloadavg()[0]
             return Run(
                 version(slurm),
                 "shard",
@@ -342,22 +354,29 @@ def misfits(requests: Mapping[int, str], found: Sequence[records.Record]) -> int
     return count
 
 
-def elsewhere(mode: str, options: argparse.Namespace) -> list[Run]:
-    """The same in the chroot with the newest Slurm; nothing, and a loud line, where there is none or it fails."""
+def in_chroot(program: str, *words: str) -> list[Any]:
+    """What one of these programs prints in the chroot with the newest Slurm; nothing, and a loud line, where there is
+    none or it fails."""
     newest = str(ROOT / "tests/newest.sh")
     if subprocess.run([newest, "there"], check=False).returncode:
-        print(f"rms: !!!!! {mode} NOT MEASURED: the newest Slurm is not here (make newest) !!!!!", file=sys.stderr)
+        print(f"rms: !!!!! {program} NOT RUN on the newest Slurm: it is not here (make newest) !!!!!", file=sys.stderr)
         return []
+    command = [newest, "run", "python3", f"benchmarks/{program}", *words]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        print(f"rms: !!!!! {program} FAILED on the newest Slurm, see above !!!!!", file=sys.stderr)
+        return []
+    return list(json.loads(done.stdout))
+
+
+def elsewhere(mode: str, options: argparse.Namespace) -> list[Run]:
+    """The same in the chroot with the newest Slurm."""
     same = {"jobs": options.jobs, "gap": options.gap, "short": options.short, "nodes": options.nodes,
             "gpus": options.gpus, "between": ",".join(map(str, options.between)),
             "seeds": len(options.seeds)}  # fmt: skip
     words = [f"--{name}={value}" for name, value in same.items()]
-    command = [newest, "run", "python3", "benchmarks/slurm_modes.py", f"--modes={mode}", "--json", *words]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        print(f"rms: !!!!! {mode} NOT MEASURED: it failed in the chroot, see above !!!!!", file=sys.stderr)
-        return []
-    return [Run(**{**run, "ran": [Ran(*job) for job in run["ran"]]}) for run in json.loads(done.stdout)]
+    runs = in_chroot("slurm_modes.py", f"--modes={mode}", "--json", *words)
+    return [Run(**{**run, "ran": [Ran(*job) for job in run["ran"]]}) for run in runs]
 
 
 class Latency(NamedTuple):

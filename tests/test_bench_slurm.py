@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import subprocess
@@ -15,6 +16,7 @@ from rms import geometry
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import slurm_load  # noqa: E402
 import slurm_modes  # noqa: E402
 
 
@@ -51,8 +53,10 @@ def test_the_modes_in_short() -> None:
 
 
 @pytest.mark.slurm
-def test_the_load_in_short() -> None:
-    lines = bench("slurm_load.py", "--nodes=8", "--pending=20", "--seconds=2").splitlines()
-    rows = [line.split(" | ") for line in lines if line.startswith("| 8 ")]
-    assert [row[1] for row in rows] == ["0", "20"]
-    assert all(float(row[3]) >= 2 and float(row[4]) > 0 for row in rows)
+def test_the_load_in_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm_load, "ROUNDS", 1)
+    rows = slurm_load.here(argparse.Namespace(nodes=8, pending=20, rate=3.0, seconds=1.0))
+    assert [row.pending for row in rows] == [0, 20]
+    for row in rows:
+        assert row.silent.jobs and row.silent.messages == {} and row.silent.passes
+        assert {*row.told.messages} >= {"UPDATE_NODE", "NODE_INFO_SINGLE"} and row.told.passes
