@@ -51,6 +51,7 @@ def ended(pids: list[int]) -> Counter[int]:
     return Counter(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids)
 
 
+@pytest.mark.timed
 def test_sixty_four_on_eight_gpus_wait_for_the_hardware_alone(make_node: Callable[..., Node]) -> None:
     """The time is that of the busiest GPU's own operations, one after the other, and at most a quarter of it for all
     that RMS does. The best of eight counts: the machine may have something else to do."""

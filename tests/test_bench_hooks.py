@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.timed
+
 ROOT = Path(__file__).parents[1]
 SLACK = 2.0
 """What counts is the fastest of five starts by the fastest of the reference: this often the aim is no noise."""

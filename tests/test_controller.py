@@ -357,6 +357,7 @@ def test_an_instance_that_is_still_held_is_quarantined_until_it_is_free(node: No
     node.check_empties()
 
 
+@pytest.mark.timed
 def test_a_release_waits_for_the_last_processes(node: Node) -> None:
     node.configure(holder_seconds=10)
     (one,) = node.acquire(1, "3g")
@@ -371,6 +372,7 @@ def test_a_release_waits_for_the_last_processes(node: Node) -> None:
     node.check()
 
 
+@pytest.mark.timed
 def test_others_are_served_while_a_release_waits(node: Node) -> None:
     node.configure(holder_seconds=3, gpus=[0])
     (one,) = node.acquire(1, "3g")
@@ -423,6 +425,7 @@ def test_a_start_waits_for_a_holder_if_there_is_no_other_place(node: Node, spec:
     node.check_empties()
 
 
+@pytest.mark.timed
 def test_a_start_waits_no_longer_than_holder_seconds(node: Node) -> None:
     node.configure(gpus=[0], holder_seconds=1)
     (one,) = node.acquire(1, "3g")

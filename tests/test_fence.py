@@ -431,6 +431,7 @@ def test_a_process_that_escaped_its_job(real: Node, capsys: pytest.CaptureFixtur
     assert openers(gi) == [BOB]
 
 
+@pytest.mark.timed
 def test_a_process_that_ends_in_time(real: Node) -> None:
     real.configure(holder_seconds=20)
     (gi, _) = give(real, 1, ALICE, "3g")
@@ -555,6 +556,7 @@ ctypes.CDLL(None).syscall({EXIT[os.uname().machine]}, 0)  # exit(2) ends one thr
         there.kill()
 
 
+@pytest.mark.timed
 def test_many_threads_cost_little() -> None:
     number = fence._KCMP.get(os.uname().machine, -1)
     if ctypes.CDLL(None).syscall(number, os.getpid(), os.getpid(), 2, 0, 0):

@@ -698,6 +698,7 @@ def at_work(node: Node) -> bool:
     return any(intent.kind == "prewarm" for intent in Store(node.config.state_dir, 0.0).glance().intents)
 
 
+@pytest.mark.timed
 def test_a_job_waits_for_one_operation_at_most(node: Node) -> None:
     """All that is published fits at once, whatever is being made: here a whole GPU, and what lies on the other one."""
     node.acquire(1, "1g")
@@ -728,6 +729,7 @@ def test_a_release_makes_it_yield_too(node: Node) -> None:
     node.check()
 
 
+@pytest.mark.timed
 def test_the_epilog_leaves_it_behind(hooks: Hooks) -> None:
     """slurmd waits neither for it nor for its descriptors: the pipes of the Epilog are closed when that ends."""
     hooks.node.configure(prewarm=True)

@@ -312,6 +312,7 @@ def test_takes_off_prefixes_one_after_the_other() -> None:
         assert job["comment"] == "mine; and more"
 
 
+@pytest.mark.timed
 def test_says_by_how_much_a_comment_is_too_long() -> None:
     prefix = len("rms1:3g.40gb:1;s=1700000000;l=0;")
     assert lua().submit(tres_per_node="gres:mig:3g", comment="x" * (1024 - prefix))

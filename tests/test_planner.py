@@ -325,6 +325,7 @@ def test_an_equal_answer_of_another_type_is_taken_as_what_was_offered() -> None:
     assert all(type(d.choice.candidate.gpu) is int for d in decisions)
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize(
     ("model", "spec", "possible"),
     [

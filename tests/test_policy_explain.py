@@ -137,6 +137,7 @@ def test_the_administrator_asks_why(node: Node, rms: Any, tmp_path: Path) -> Non
 # In time.
 
 
+@pytest.mark.timed
 def test_a_slow_policy_is_replaced_in_time(node: Node, rms: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several instances share one budget: none waits for a policy that was too slow for the one before."""
     assert decide(node, 1, "1g")["instances"][0]["fault"] == ""

@@ -495,6 +495,7 @@ def test_state_of_a_newer_rms(site: Path, capsys: pytest.CaptureFixture[str]) ->
     )
 
 
+@pytest.mark.timed
 def test_it_waits_for_no_lock_and_leaves_none(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(site, BUSY)
     before = {name: (site / "n1" / name).stat().st_mtime_ns for name in os.listdir(site / "n1")}

@@ -255,6 +255,7 @@ def test_manages_what_it_is_told_by_number_or_uuid(fast_dir: Path) -> None:
         refused(Nvml.NOT_FOUND, lambda w=wrong: opened(fast_dir, managed=[w]))
 
 
+@pytest.mark.timed
 def test_operations_on_different_gpus_overlap_in_time(fast_dir: Path) -> None:
     device = opened(fast_dir, create=0.4, destroy=0.2)
     began = time.monotonic()
@@ -333,6 +334,7 @@ def test_any_sequence_leaves_legal_gpus_and_a_true_journal(
         assert len(ids) == len(set(ids))
 
 
+@pytest.mark.timed
 def test_the_node_of_the_other_tests_has_no_latency(node: Node) -> None:
     began = time.monotonic()
     node.acquire(1, "1g:7")

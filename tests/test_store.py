@@ -177,6 +177,7 @@ def holding(directory: Path, what: str) -> Iterator[int]:
             process.kill()
 
 
+@pytest.mark.timed
 def test_a_stuck_holder_is_named_and_its_end_frees_the_lock(fast_dir: Path) -> None:
     written(fast_dir, "a")
     with holding(fast_dir, "state") as pid:
