@@ -345,8 +345,8 @@ class Sent(NamedTuple):
 
 
 def sent(moment: str, state: State, boot_id: str) -> Sent:
-    """What to remember of a state that is being told."""
-    return Sent(moment, tuple(str(a.run) for a in _known(state)), _health(state, boot_id))
+    """What to remember of a state that is being told: also the runs that are ending, as their slices count as taken."""
+    return Sent(moment, tuple(str(a.run) for a in state.allocations), _health(state, boot_id))
 
 
 def stands(last: Sent, state: State, boot_id: str) -> bool:

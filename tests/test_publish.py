@@ -261,6 +261,15 @@ def test_a_job_that_is_ending_no_longer_counts_but_its_slices_do() -> None:
     assert offer(node, "boot", 0.0) == busy
 
 
+def test_what_was_told_while_a_job_ended_does_not_stand_once_it_has() -> None:
+    """Its slices counted as taken: that they are free must be told, by its own Epilog if nobody else does."""
+    node = state(A100, [[Placement("3g.40gb", 0, 4)]])
+    node.intents.append(Intent(9, "release", node.allocations[0].run, Owner(1, 1)))
+    last = sent("", node, "boot")
+    assert not stands(last, node, "boot")
+    assert not stands(last, state(A100, [[]]), "boot")
+
+
 def test_what_is_kept_for_one_job_is_not_offered_to_others() -> None:
     node = state(A100, [[Placement("1g.10gb", 0, 1)], [Placement("3g.40gb", 0, 4), Placement("3g.40gb", 4, 4)]])
     told = demand.Told(100, 7, "7g.80gb:1")
