@@ -29,6 +29,8 @@ for one which no node publishes just now."""
 HEALTH_CHECK = "healthcheck"
 NEEDED = {"features": (22, 5), "extra": (23, 11), "sums": (20, 11)}
 """The oldest Slurm (major, minor) for each mode of admission, the best mode first."""
+MOST_GPUS = 64
+"""More are in no node."""
 MIXED = 4
 """Mixes of so many instances wait for what is surely enough for them, if that is less than empty GPUs (`gates`)."""
 HOOKS = {"Prolog": "prolog", "Epilog": "epilog", "TaskProlog": "task_prolog"}
@@ -52,8 +54,8 @@ def kinds(asked: Iterable[tuple[str, int, str]]) -> list[Kind]:
     """
     found: list[Kind] = []
     for model, gpus, nodes in asked:
-        if gpus < 1:
-            raise RequestError(f"--gpus is {gpus}; a node has 1 or more")
+        if not 1 <= gpus <= MOST_GPUS:
+            raise RequestError(f"--gpus is {gpus}; a node has 1 to {MOST_GPUS}")
         known = geometry.load(model)
         theirs = {p.name for kind in found if _shape(kind.known) != _shape(known) for p in kind.profiles}
         found.append(Kind(known, gpus, nodes, tuple(p for p in known.profiles if p.name not in theirs)))

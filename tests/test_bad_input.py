@@ -274,7 +274,8 @@ def test_configurations_that_make_no_sense(busy: Node, text: str, says: str) -> 
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
-        (("slurm-config", "--model=A30", "--gpus=0", "--nodes=a"), USER, "--gpus is 0; a node has 1 or more"),
+        (("slurm-config", "--model=A30", "--gpus=0", "--nodes=a"), USER, "--gpus is 0; a node has 1 to 64"),
+        (("slurm-config", "--model=A30", "--gpus=65", "--nodes=a"), USER, "--gpus is 65; a node has 1 to 64"),
         (("watch", "--seconds=nan"), USAGE, "--seconds is from 0.1 to 60"),
         (("watch", "--seconds=0"), USAGE, "--seconds is from 0.1 to 60"),
         (("simulate", "--mix=uniform", "--gpus=" + "9" * 400), USER, "from 1 to 128 can be simulated"),
