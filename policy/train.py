@@ -238,6 +238,9 @@ def imitate(config: dict[str, Any], seed: int, folder: Path, device: str = "cpu"
     options = config["training"]
     optimiser = torch.optim.Adam(net.parameters(), lr=options["rate"])
     rng = np.random.default_rng(seeds.TRAINING[seed])
+    # As many of each number of GPUs in a batch: there are few solved nodes of three, and what they tell counts as much.
+    by_size = [[i for i, a in enumerate(solved) if a.gpus == gpus] for gpus in sorted({a.gpus for a in solved})]
+    share = max(1, options["batch"] // max(1, len(by_size)))
     chains = [np.zeros((options["chains"], a.gpus), dtype=np.int64) for a in solved]
     curve: list[dict[str, float]] = []
     saved = folder / "checkpoint.pt"
@@ -256,7 +259,7 @@ def imitate(config: dict[str, Any], seed: int, folder: Path, device: str = "cpu"
         temperature = hot * (cold / hot) ** done
         for group in optimiser.param_groups:
             group["lr"] = options["rate"] * (1 - done)
-        picked = rng.choice(len(solved), min(options["batch"], len(solved)), replace=False)
+        picked = np.concatenate([rng.choice(alike, min(share, len(alike)), replace=False) for alike in by_size])
         asked = [inputs(noticed(b, solved[i], chains[i], rng.random()), solved[i].gpus) for i in picked]
         values = net(torch.tensor(asked, device=device))
         losses = []
