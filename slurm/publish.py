@@ -337,16 +337,18 @@ def _merged(extra: str, said: Offer) -> str:
 
 
 class Sent(NamedTuple):
-    """What the node was when slurmctld was told of it last: which state, the runs that it knew, how its GPUs were."""
+    """What slurmctld was told last, and what the node was then: which state, the runs that it knew, how its GPUs
+    were."""
 
+    said: Offer
     state: str
     runs: tuple[str, ...]
     gpus: tuple[str, ...]
 
 
-def sent(moment: str, state: State, boot_id: str) -> Sent:
+def sent(said: Offer, moment: str, state: State, boot_id: str) -> Sent:
     """What to remember of a state that is being told: also the runs that are ending, as their slices count as taken."""
-    return Sent(moment, tuple(str(a.run) for a in state.allocations), _health(state, boot_id))
+    return Sent(said, moment, tuple(str(a.run) for a in state.allocations), _health(state, boot_id))
 
 
 def stands(last: Sent, state: State, boot_id: str) -> bool:
@@ -428,7 +430,7 @@ class Publisher:
         store = Store(self._config.state_dir, time.monotonic() + patience)
         with store.publishing():
             try:
-                self._publish(store)
+                self._publish(store, None)
             except SlurmError as error:
                 raise NodeError(f"cannot publish what fits: {error}") from error
 
@@ -470,9 +472,10 @@ class Publisher:
                 told = self._remembered()
                 while told is None or told.state != self._now():
                     try:
-                        told = self._publish(store)
+                        told = self._publish(store, told)
                         pauses = _pauses()
                     except SlurmError as error:
+                        told = None
                         self._log(f"cannot publish what fits: {error}")
                         if time.monotonic() > until:
                             return False
@@ -484,29 +487,34 @@ class Publisher:
             return False
         return True
 
-    def _publish(self, store: Store) -> Sent:
+    def _publish(self, store: Store, last: Sent | None) -> Sent:
         """One attempt, with the lock held. Raises SlurmError, NodeError."""
         # Before the state is read: a job that ends from now on finds nothing that stands, and waits for the next one.
         # And it stays so where slurmctld may or may not have got what we send.
         self._forget()
-        moment = self._now()
-        record = read(self._slurmctld.run(*question(self._node)), self._node)
-        with suppress(OSError, UnicodeError):
-            demand.save(self._config.state_dir, record.comment)
-        boot_id = configuration.boot_id(self._config)
-        told = Sent(moment, (), ())
-        try:
-            now = time.time()
-            state = store.glance()
-            said = offer(state, boot_id, now, demand.load(self._config.state_dir, now))
-            told = sent(moment, state, boot_id)
-        except (Damaged, RequestError):
-            said = NOTHING  # the next call of the controller mends it
-        if wanted := changes(record, said, self._config.admission):
-            self._slurmctld.run("scontrol", "update", f"NodeName={self._node}", *wanted)
+        told = self._present(store)
+        # A hook writes the state more than once, mostly without a difference here: a third of all questions were that.
+        if last is None or told.said != last.said:
+            record = read(self._slurmctld.run(*question(self._node)), self._node)
+            with suppress(OSError, UnicodeError):
+                demand.save(self._config.state_dir, record.comment)
+            told = self._present(store)
+            if wanted := changes(record, told.said, self._config.admission):
+                self._slurmctld.run("scontrol", "update", f"NodeName={self._node}", *wanted)
         with suppress(OSError):
             files.replace(self._last, json.dumps(told).encode(), durable=False)
         return told
+
+    def _present(self, store: Store) -> Sent:
+        """What to tell of the state as it is now."""
+        moment, now = self._now(), time.time()
+        boot_id = configuration.boot_id(self._config)
+        try:
+            state = store.glance()
+            said = offer(state, boot_id, now, demand.load(self._config.state_dir, now))
+            return sent(said, moment, state, boot_id)
+        except (Damaged, RequestError):
+            return Sent(NOTHING, moment, (), ())  # the next call of the controller mends it
 
     def _now(self) -> str:
         """What tells the present state from all others: its file is replaced at every change."""
@@ -520,8 +528,8 @@ class Publisher:
         """What slurmctld was told last; None if that is not known."""
         try:
             with open(self._last, "rb") as file:
-                moment, runs, gpus = json.load(file)
-            return Sent(moment, tuple(runs), tuple(gpus))
+                (names, jobs, size), moment, runs, gpus = json.load(file)
+            return Sent(Offer(tuple(names), jobs, size), moment, tuple(runs), tuple(gpus))
         except (OSError, ValueError, TypeError):
             return None
 

@@ -181,7 +181,7 @@ def test_what_was_told_stands_while_those_whom_it_lets_in_come_and_go(
     """slurmctld goes by one offer all the time: whom it lets in fits, as long as the node says that it stands."""
     known, layouts = node
     before = state(known, layouts)
-    said, last = offer(before, "boot", 0.0), sent("", before, "boot")
+    said, last = offer(before, "boot", 0.0), sent(NOTHING, "", before, "boot")
     mine = [(gpu, place) for gpu, layout in enumerate(layouts) for place in layout]
     jobs: dict[tuple[int, Placement], int] = {}  # that have come since, each alone on its place
 
@@ -265,7 +265,7 @@ def test_what_was_told_while_a_job_ended_does_not_stand_once_it_has() -> None:
     """Its slices counted as taken: that they are free must be told, by its own Epilog if nobody else does."""
     node = state(A100, [[Placement("3g.40gb", 0, 4)]])
     node.intents.append(Intent(9, "release", node.allocations[0].run, Owner(1, 1)))
-    last = sent("", node, "boot")
+    last = sent(NOTHING, "", node, "boot")
     assert not stands(last, node, "boot")
     assert not stands(last, state(A100, [[]]), "boot")
 
@@ -363,10 +363,12 @@ def test_reads_what_sinfo_prints() -> None:
 
 
 class Slurmctld:
-    """Commands that note what they were told, and take their time; `down` while that file exists."""
+    """Commands that note what they were told, and take their time; `down` while that file exists. With `half` it goes
+    down after it has done what it was told, and before it says so."""
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.down = root / "down"
+        self.half = root / "half"
         self.told = root / "told"
         self.gres = root / "gres"
         self.gres.write_text("migt:job:900,migt:size:900,migt:open:900")
@@ -375,7 +377,7 @@ class Slurmctld:
         (root / "sinfo").write_text(f"#!/bin/sh\n{guard}\nprintf '{widths}\\n' '' '' $(cat {self.gres}) '' ''\n")
         (root / "scontrol").write_text(
             f"#!/bin/sh\n{guard}\nsleep 0.0$(($$ % 10))\nfor a; do case $a in Gres=*) echo ${{a#Gres=}} >{self.gres};"
-            f' esac; done\necho "$@" >>{self.told}\n'
+            f' esac; done\necho "$@" >>{self.told}\n[ ! -e {self.half} ] || {{ mv {self.half} {self.down}; exit 1; }}\n'
         )
         for command in ("sinfo", "scontrol"):
             (root / command).chmod(0o755)
@@ -476,6 +478,29 @@ def test_an_update_that_may_or_may_not_have_come_through_is_not_relied_on(node: 
     assert not publisher(node).job_went(0.1)
     slurmctld.down.unlink()
     until(lambda: publisher(node).job_went(0))
+
+
+def test_one_that_came_through_without_an_answer_is_taken_back(node: Node, slurmctld: Slurmctld) -> None:
+    node.acquire(1, "1g.10gb:1")
+    publisher(node).now()
+    slurmctld.half.touch()
+    node.acquire(2, "4g.40gb:1")
+    publisher(node).job_came()
+    until(slurmctld.down.exists)
+    node.release(2)
+    slurmctld.down.unlink()
+    until(lambda: slurmctld.sizes() == [1 + 7, 1 + 7 + 7, 1 + 7])
+
+
+def test_nothing_is_asked_where_the_same_is_to_be_told(node: Node, slurmctld: Slurmctld) -> None:
+    node.acquire(1, "1g.10gb:1")
+    publisher(node).now()
+    slurmctld.down.touch()
+    node.release(1)
+    node.acquire(2, "1g.10gb:1")
+    assert publisher(node).job_went(60)
+    with pytest.raises(NodeError, match="no contact"):
+        publisher(node).now()  # as the timer does: slurmctld may have forgotten it
 
 
 def test_a_full_disk_does_not_make_it_try_for_ever(
