@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 import random
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
