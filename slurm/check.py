@@ -27,7 +27,7 @@ def examine(config: Config, slurm_conf: str, node: str, state: inventory.State |
         settings = _settings(ask("config"))
         record = _record(ask("node", node))
     except SlurmError as error:
-        return [f"slurmctld does not answer: {error}"]
+        return [f"cannot ask slurmctld: {error}"]
     never = None
     if config.admission == "features":
         try:
@@ -66,12 +66,14 @@ def problems(
     if admission == "extra" and "extra_constraints" not in _words(settings.get("SchedulerParameters", "")):
         yield "slurm.conf: SchedulerParameters lacks extra_constraints: no job would wait for room"
     gres = _gres(node)
-    if lacking := types - {item.split(":")[0] for item in gres}:
+    there = dict(map(_split, gres))
+    if lacking := types - {kind.split(":")[0] for kind in there}:
         yield f"slurm.conf: this node's Gres lacks {' '.join(sorted(lacking))}"
+    elif admission != "sums" and (lacking := {*publish.SHARES} - {*there}):  # lines of an older RMS
+        yield f"slurm.conf: this node's Gres lacks {' '.join(sorted(lacking))}: take the lines of `rms slurm-config`"
     if never is not None:
         yield from _sentinel(node, never, names)
-    shares = dict(_split(item) for item in gres if item.startswith(f"{publish.TOKEN}:"))
-    if admission != "sums" and shares.get(f"{publish.TOKEN}:open") == 1:  # as slurm.conf has it
+    if admission != "sums" and there.get(f"{publish.TOKEN}:open") == 1:  # as slurm.conf has it
         yield "slurmctld has forgotten what fits here, or was never told: rms publish, and rms-publish.timer"
 
 
@@ -90,6 +92,8 @@ def _sentinel(node: Mapping[str, str], never: Mapping[str, str], names: Sequence
         if int(never.get(key, 0)) < int(node.get(key, 0)):
             yield f"{called} has {key}={never.get(key)}, this node {node[key]}: it must have as much"
     there = dict(_split(item) for item in _gres(never))
+    if lacking := [kind for kind in publish.SHARES if kind not in there]:
+        yield f"{called} lacks gres {' '.join(lacking)}"
     for kind, count in map(_split, _gres(node)):
         if not kind.startswith(publish.TOKEN) and there.get(kind, 0) < count:
             yield f"{called} has {there.get(kind, 0)} of gres {kind}, this node {count}: it must have as much"
@@ -116,5 +120,5 @@ def _gres(node: Mapping[str, str]) -> list[str]:
 
 
 def _split(item: str) -> tuple[str, int]:
-    kind, _, count = item.rpartition(":")
-    return (kind, int(count)) if count.isdigit() else (item, 1)
+    match = re.fullmatch(r"(.*):(\d+)(K?)", item)  # 1024 is shown as 1K
+    return (match[1], int(match[2]) * (1024 if match[3] else 1)) if match else (item, 1)

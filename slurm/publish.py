@@ -39,6 +39,7 @@ PREFIX = "rms_"
 TOKEN = "migt"  # noqa: S105
 """The gres of which every MIG job takes `job:1`, `size:<weight>` and `open:1`. `open` is the rest of the constant
 total: plenty, but in slurm.conf 1, so that a slurmctld which has forgotten what it was told starts nothing more."""
+SHARES = (f"{TOKEN}:job", f"{TOKEN}:size", f"{TOKEN}:open")
 EXACT = 8
 """Requests of one profile have a name for each count up to here, and from here on for what whole GPUs hold."""
 MIXES = 64
@@ -309,9 +310,9 @@ def _plain(gres: str) -> list[str]:
 
 def _split(items: Sequence[str], said: Offer) -> list[str]:
     """The items of a gres string with the token's constant total split anew."""
-    found = [m for m in (re.fullmatch(rf"{TOKEN}:(\w+):(\d+)(K?)", item) for item in items) if m]
+    found = [m for m in (re.fullmatch(rf"({TOKEN}:\w+):(\d+)(K?)", item) for item in items) if m]
     shares = {m[1]: int(m[2]) * (1024 if m[3] else 1) for m in found}  # 1024 is shown as 1K
-    if set(shares) != {"job", "size", "open"}:
+    if set(shares) != set(SHARES):
         raise NodeError(f"this node has no gres {TOKEN} in slurm.conf: take the lines of `rms slurm-config`")
     total = sum(shares.values())
     job = min(said.jobs, total - 2)

@@ -13,7 +13,7 @@ from slurm import publish, site
 from slurm.check import problems
 
 KIND = site.kinds([("A100-80GB", 2, "n1")])[0]
-NAMES = [publish.name(request) for request in publish.listed(KIND.known, KIND.gpus)]
+NAMES = publish.names(KIND.known, KIND.gpus)
 BEST = "features"
 """On the newest Slurm."""
 MODES = ["features", "extra", "sums"]
@@ -96,6 +96,11 @@ def test_the_node() -> None:
     for mode in ("features", "extra"):  # after a reconfigure: features are gone, Extra is not, the token is shut
         (silent,) = found(mode, node={"Gres": site.gres(KIND, mode)})
         assert "rms publish" in silent
+        (old,) = found(mode, node={"Gres": f"{bare},migt:job:21,migt:size:147,migt:shut:168"})
+        assert "lacks migt:open: take the lines" in old
+        assert found(mode, node={"Gres": f"{bare},migt:job:7,migt:size:1K,migt:open:1K"}) == []
+    old = site.gres(KIND, "features").replace("migt:open:1", "migt:shut:168")
+    assert found("features", never={"Gres": f"gpu:a100:4,{old}"}) == ["slurm.conf: node rmsfit lacks gres migt:open"]
 
 
 @pytest.mark.parametrize(
