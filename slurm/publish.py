@@ -258,8 +258,8 @@ class Record(NamedTuple):
     extra: str
 
 
-FIELDS = (("features", 8000), ("features_act", 8000), ("gres", 4000), ("comment", 2000), ("extra", 8000))
-"""The columns of `sinfo -O` that make a Record, with their widths."""
+FIELDS = (("features", 24000), ("features_act", 24000), ("gres", 4000), ("comment", 2000), ("extra", 24000))
+"""The columns of `sinfo -O` that make a Record, with their widths: room for what the largest node publishes."""
 
 
 def question(node: str) -> list[str]:

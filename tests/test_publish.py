@@ -359,6 +359,16 @@ def test_reads_what_sinfo_prints() -> None:
         publish.read("x" * 50_000, "n1")
 
 
+@pytest.mark.parametrize("model", geometry.models())
+def test_an_empty_node_of_the_most_gpus_can_be_read_back(model: str) -> None:
+    known = geometry.load(model)
+    said = Offer(tuple(publish.names(known, site.MOST_GPUS)), 1, 1)
+    shown = {**dict.fromkeys(("features", "features_act"), ",".join(said.names)), "extra": publish._merged("", said)}
+    line = "".join(shown.get(field, "").ljust(width) for field, width in publish.FIELDS)
+    assert publish.read(line, "n1")[:2] == (shown["features"], shown["features_act"])
+    assert publish.read(line, "n1").extra == shown["extra"]
+
+
 # The order of what is sent, with stand-ins for Slurm's commands
 
 
