@@ -56,6 +56,8 @@ def kinds(asked: Iterable[tuple[str, int, str]]) -> list[Kind]:
     for model, gpus, nodes in asked:
         if not 1 <= gpus <= MOST_GPUS:
             raise RequestError(f"--gpus is {gpus}; a node has 1 to {MOST_GPUS}")
+        if not re.fullmatch(r"[\w.,[\]-]+", nodes, re.ASCII) or nodes == SENTINEL:
+            raise RequestError(f"{nodes!a} is no list of nodes, such as gpu[01-16],gpu20")
         known = geometry.load(model)
         theirs = {p.name for kind in found if _shape(kind.known) != _shape(known) for p in kind.profiles}
         found.append(Kind(known, gpus, nodes, tuple(p for p in known.profiles if p.name not in theirs)))
@@ -77,10 +79,13 @@ def files(
     """Every file of a site by its name, to lie beside slurm.conf: the hooks, the lua, and the lines for slurm.conf.
 
     `admission` is the mode (see `choose`), `preempting` are partitions and QOS whose jobs may preempt others.
-    Raises RequestError on a name that can't be, NodeError if the configuration exists and can't be read.
+    Raises RequestError on a name or path that can't be, NodeError if the configuration exists and can't be read.
     """
     if bad := [word for word in preempting if not re.fullmatch(r"[\w.-]+", word, re.ASCII)]:
         raise RequestError(f"{bad[0]!a} is no name of a partition or QOS")
+    for option, path in (("--config", config_path), ("--slurm-conf", slurm_conf)):
+        if not os.path.isabs(path):
+            raise RequestError(f"{option} is {path!a}; the hooks need a full path")
     directory = os.path.dirname(slurm_conf)
     run_dirs = {found.run_dir for found in _present(config_path).values()} or {config.Config(()).run_dir}
     if len(run_dirs) > 1:

@@ -276,12 +276,16 @@ def test_configurations_that_make_no_sense(busy: Node, text: str, says: str) -> 
     [
         (("slurm-config", "--model=A30", "--gpus=0", "--nodes=a"), USER, "--gpus is 0; a node has 1 to 64"),
         (("slurm-config", "--model=A30", "--gpus=65", "--nodes=a"), USER, "--gpus is 65; a node has 1 to 64"),
+        (("slurm-config", "--model=A30", "--gpus=2", "--nodes="), USER, "'' is no list of nodes"),
+        (("slurm-config", "--model=A30", "--gpus=2", "--nodes=a b"), USER, "'a b' is no list of nodes"),
+        (("slurm-config", "--model=A30", "--gpus=2", "--nodes=a", "--slurm-conf=slurm.conf"), USER, "a full path"),
+        (("slurm-config", "--model=A30", "--gpus=2", "--nodes=a", "--config=rms.toml"), USER, "a full path"),
         (("watch", "--seconds=nan"), USAGE, "--seconds is from 0.1 to 60"),
         (("watch", "--seconds=0"), USAGE, "--seconds is from 0.1 to 60"),
         (("simulate", "--mix=uniform", "--gpus=" + "9" * 400), USER, "from 1 to 128 can be simulated"),
     ],
 )
-def test_numbers_that_no_verb_takes(
+def test_options_that_no_verb_takes(
     capsys: pytest.CaptureFixture[str], words: tuple[str, ...], code: int, says: str
 ) -> None:
     assert cli.main(words) == code
