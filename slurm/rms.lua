@@ -432,6 +432,22 @@ local function check_submit(job)
     end
 end
 
+-- A waiting job whose limit is raised has not got the name of a short one any more.
+local function outgrow(job, record)
+    local limit = minutes(job.time_limit)
+    if not (site and site.sentinel) or record.job_state % 256 ~= 0 or limit > 0 and limit <= site.short_minutes then
+        return
+    end
+    local field, ending = "features", ""
+    if site.admission == "extra" then
+        field, ending = "extra", ">=1"
+    end
+    local own, name = (record[field] or ""):match("^(.-)(" .. PUBLISHED .. "[^&]*)_short" .. ending .. "$")
+    if name and (own == "" or own:sub(-1) == "&") then
+        job[field] = own .. name .. ending
+    end
+end
+
 local function check_modify(job, record)
     if not starts(record.comment, PREFIX) then
         if starts(job.comment, PREFIX) then
@@ -470,6 +486,7 @@ local function check_modify(job, record)
         if fixed then
             job.comment = ("%s%d;%s"):format(fixed, minutes(job.time_limit), own)
         end
+        outgrow(job, record)
     end
 end
 

@@ -77,12 +77,16 @@ class Lua:
         assert dict(job) == wanted
         return None
 
-    def modify(self, record: Mapping[str, Any], uid: int = USER, **fields: Any) -> bool:
-        wanted = {"min_nodes": NOT_GIVEN, "max_nodes": NOT_GIVEN} | fields
-        job = self.runtime.table_from(wanted)
+    def modify(
+        self, record: Mapping[str, Any], uid: int = USER, wanted: Mapping[str, Any] | None = None, **fields: Any
+    ) -> bool:
+        """Whether a change is allowed. `wanted` has what else is changed by that, beside the comment."""
+        given = {"min_nodes": NOT_GIVEN, "max_nodes": NOT_GIVEN} | fields
+        job = self.runtime.table_from(given)
         allowed = self._answer(self.module.modify, job, self.runtime.table_from({"job_id": 7} | record), None, uid)
         self.comment = dict(job).get("comment")
-        assert dict(job) == wanted | ({"comment": self.comment} if "time_limit" in fields else {})
+        more = {"comment": self.comment} if "time_limit" in fields else {}
+        assert dict(job) == given | more | {name: value for name, value in (wanted or {}).items() if value}
         return allowed
 
     def list(self, name: str) -> list[str]:
@@ -578,6 +582,30 @@ def test_a_job_asks_for_the_name_of_what_it_needs(version: str, spec: str, name:
 def test_a_small_job_that_is_over_soon_asks_for_a_name_of_its_own(spec: str, minutes: int, name: str) -> None:
     job = lua(admission="features").submit(tres_per_node=gres(spec), time_limit=float(minutes))
     assert job and job["features"] == name
+
+
+@pytest.mark.parametrize(
+    ("minutes", "features", "state", "wanted"),
+    [
+        (11, "rms_1g.10gb_1_short", 0, "rms_1g.10gb_1"),
+        (UNLIMITED, "a100&rms_2g.20gb_1_short", 0, "a100&rms_2g.20gb_1"),
+        (11, "(a|b_short)&farms_x_short&rms_1g.10gb+me_1_short", 1 << 15, "(a|b_short)&farms_x_short&rms_1g.10gb+me_1"),
+        (10, "rms_1g.10gb_1_short", 0, None),
+        (11, "rms_1g.10gb_1_short", 1, None),  # it runs
+        (11, "rms_1g.10gb_1", 0, None),
+        (11, "farms_x_short", 0, None),  # with -w
+        (11, None, 0, None),
+    ],
+)
+def test_a_job_that_is_given_more_time_asks_for_the_ordinary_name(
+    minutes: int, features: str | None, state: int, wanted: str | None
+) -> None:
+    record = {"comment": PREFIX, "features": features, "job_state": float(state)}
+    assert lua(admission="features").modify(record, time_limit=float(minutes), wanted={"features": wanted})
+    record = {"comment": PREFIX, "extra": f"{features}>=1" if features else None, "job_state": float(state)}
+    wanted = f"{wanted}>=1" if wanted and "&" not in wanted else wanted
+    if not (features and "&" in features):  # there nothing of the user's stands beside it
+        assert lua(admission="extra").modify(record, time_limit=float(minutes), wanted={"extra": wanted})
 
 
 @functools.cache

@@ -58,6 +58,11 @@ def test_nothing_is_misplaced_under_overload(slurm_root: Path) -> None:
         change = ["scontrol", "update", f"jobid={held}", "extra=rms_1g.10gb_1>=0"]
         assert slurm.run(*change, user=slurm.users[0], check=False).returncode
         slurm.run("scancel", str(held))
+        grown = slurm.sbatch("true", "--gres=mig:1g", "--hold", "--time=5", user=slurm.users[0])
+        assert slurm.job(grown)["Extra"] == "rms_1g.10gb_1_short>=1"
+        slurm.run("scontrol", "update", f"jobid={grown}", "TimeLimit=11", user=slurm.users[0])
+        assert slurm.job(grown)["Extra"] == "rms_1g.10gb_1>=1"
+        slurm.run("scancel", str(grown))
 
 
 def test_a_slurmctld_that_has_forgotten_the_token_starts_nothing(slurm_root: Path) -> None:

@@ -118,6 +118,9 @@ def test_what_is_kept_is_open_to_small_jobs_that_are_over_before_it_is_needed(sl
     late, soon = (slurm.sbatch("sleep 300", "--gres=mig:1g", f"--time={minutes}", user=user) for minutes in (11, 10))
     slurm.wait(lambda: slurm.job(soon)["JobState"] == "RUNNING", 60, "the one that is over soon starts")
     assert slurm.job(soon)["NodeList"] == node and slurm.job(late)["JobState"] == "PENDING"
+    raised = slurm.sbatch("sleep 300", "--hold", "--gres=mig:1g", "--time=10", user=user)
+    slurm.run("scontrol", "update", f"JobId={raised}", "TimeLimit=3-0", user=user)
+    assert slurm.job(raised)["Features"] == slurm.job(late)["Features"], "it is not over soon any more"
     slurm.run("scontrol", "update", f"NodeName={node}", "Comment=")
     slurm.publish(node)
     slurm.wait(lambda: slurm.job(late)["JobState"] == "RUNNING", 60, "nothing is kept any more")
