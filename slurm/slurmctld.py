@@ -41,6 +41,7 @@ class Slurmctld:
     """The slurmctld of a slurm.conf."""
 
     def __init__(self, slurm_conf: str, seconds: float = 25.0) -> None:
+        self._slurm_conf = slurm_conf
         self._environment = {"PATH": PATH, "SLURM_CONF": slurm_conf, "LC_ALL": "C", "SLURM_TIME_FORMAT": "%s"}
         self._seconds = seconds
 
@@ -163,7 +164,9 @@ class Slurmctld:
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            raise SilentError(f"{command[0]}: no answer in {self._seconds:g} s") from None
+            # Without a slurm.conf they look for a server of configurations, for longer than that.
+            why = "" if os.path.exists(self._slurm_conf) else f", and there is no {self._slurm_conf}"
+            raise SilentError(f"{command[0]}: no answer in {self._seconds:g} s{why}") from None
         except OSError as error:
             raise SlurmError(f"{command[0]}: {error}") from error
         if done.returncode != 0:

@@ -16,7 +16,7 @@ from throwaway import Cluster
 
 from rms.request import Ticket
 from slurm import ask
-from slurm.slurmctld import SilentError
+from slurm.slurmctld import SilentError, Slurmctld
 
 BUILT = subprocess.run(  # importing it can end a process, so another one does
     [sys.executable, "-c", "import importlib.util as i; raise SystemExit(i.find_spec('pyslurm') is None)"], check=False
@@ -169,6 +169,11 @@ def test_a_slurmctld_that_is_silent(slurm: Cluster, way: ask.Commands | ask.Pysl
     finally:
         os.kill(slurmctld, signal.SIGCONT)
     assert len(way.nodes()) == len(quick.nodes()) == 2, "it asks again"
+
+
+def test_where_there_is_no_slurm_conf_that_is_said(tmp_path: Path) -> None:
+    with pytest.raises(SilentError, match=f"^sleep: no answer in 0.1 s, and there is no {tmp_path}/none$"):
+        Slurmctld(f"{tmp_path}/none", 0.1).run("sleep", "9")
 
 
 def test_a_pyslurm_that_ends_its_process(tmp_path: Path) -> None:
