@@ -410,6 +410,10 @@ def run(config_path: str, seed: int, out: str, folder: str, device: str = "cpu",
             config = tomllib.load(file)
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise RequestError(f"{config_path}: {error}") from error
+    if lacking := {"model", "anchors", "net", "playing", "rule"} - config.keys():
+        raise RequestError(f"{config_path} lacks {' '.join(sorted(lacking))}; policy/configs has examples")
+    if not Path(out).absolute().parent.is_dir():  # or that would be found out once all is trained
+        raise RequestError(f"{out}: there is no such directory")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise RequestError(f"--device {device}: torch finds no such device here")
     made = {"config": config, "seed": seed, "commit": commit()}  # now: the files may change while it trains

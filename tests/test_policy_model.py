@@ -395,7 +395,13 @@ def test_what_training_can_t_do_is_said(tmp_path: Path, capsys: pytest.CaptureFi
     where = ["--out", str(tmp_path / "m"), "--folder", str(tmp_path)]
     assert cli.main(["train", "--config", str(bad), *where]) == 3
     assert str(bad) in capsys.readouterr().err
+    bad.write_text('model = "A30"\n[playing]\n[net]\n')
+    assert cli.main(["train", "--config", str(bad), *where]) == 3
+    assert "lacks anchors rule" in capsys.readouterr().err
     bad.write_text(TRAINING)
+    nowhere = ["--out", str(tmp_path / "none" / "m"), "--folder", str(tmp_path)]
+    assert cli.main(["train", "--config", str(bad), *nowhere]) == 3
+    assert "no such directory" in capsys.readouterr().err
     if not torch.cuda.is_available():
         assert cli.main(["train", "--config", str(bad), "--device", "cuda", *where]) == 3
         assert "torch finds no such device" in capsys.readouterr().err
