@@ -654,7 +654,7 @@ def main(arguments: Sequence[str]) -> int:
         verb.add_argument("--restart", type=_whole, required=True, metavar="N")
         verb.add_argument("--cluster", default="cluster", metavar="NAME")
         verb.add_argument("--json", action="store_true", help="answer as one JSON object")
-    acquire.add_argument("--uid", type=_whole, required=True)
+    acquire.add_argument("--uid", type=_uid, required=True)
     acquire.add_argument("--request", required=True, metavar="SPEC", help="such as 3g.40gb:1,1g.10gb:2")
     acquire.add_argument("--submit", type=_whole, metavar="EPOCH")
     acquire.add_argument("--limit", type=_whole, metavar="MINUTES")
@@ -704,6 +704,14 @@ def _whole(text: str) -> int:
         from argparse import ArgumentTypeError
 
         raise ArgumentTypeError(f"{printable(text)!r} is not a whole number")
+    return int(text)
+
+
+def _uid(text: str) -> int:
+    if _whole(text) >= 2**32 - 1:  # that one is nobody's, and more an access list can't hold
+        from argparse import ArgumentTypeError
+
+        raise ArgumentTypeError(f"{printable(text)!r} is not a whole number that can be a uid")
     return int(text)
 
 

@@ -185,6 +185,13 @@ def test_numbers_that_are_none(busy: Node, option: str, value: str) -> None:
     busy.check()
 
 
+@pytest.mark.parametrize("uid", [2**32 - 1, 2**32, 10**14])
+def test_a_uid_that_is_none(busy: Node, uid: int) -> None:
+    arguments = [a for a in ACQUIRE if not a.startswith("--uid=")]
+    assert "can be a uid" in refused(busy, USAGE, *arguments, "--request=1g", f"--uid={uid}", says="--uid")
+    busy.check()
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
