@@ -424,7 +424,7 @@ class Publisher:
     def anew(self) -> None:
         """Publish in a process of its own, whatever was published before: slurmctld seems to have forgotten it."""
         self._forget()
-        self._start(self._patiently)
+        self._start(lambda: self._patiently(anew=True))
 
     def now(self, patience: float = COMMAND_SECONDS) -> None:
         """Publish, whatever was published before. Raises NodeError."""
@@ -464,13 +464,13 @@ class Publisher:
                 return True  # who waits already will read the newest state
         return self._is_published() or self._patiently()
 
-    def _patiently(self) -> bool:
+    def _patiently(self, anew: bool = False) -> bool:
         store = Store(self._config.state_dir, time.monotonic() + PATIENCE)
         try:
             with store.publishing():
                 until = time.monotonic() + GIVE_UP_SECONDS
                 pauses = _pauses()
-                told = self._remembered()
+                told = None if anew else self._remembered()  # who had the lock may have noted it without asking
                 while told is None or told.state != self._now():
                     try:
                         told = self._publish(store, told)

@@ -24,6 +24,7 @@ from rms.geometry import Geometry, Placement
 from rms.inventory import Allocation, Gpu, Instance, Intent, Owner, Run, State
 from rms.planner import Busy, GpuView, View
 from rms.request import Request, parse
+from rms.store import Store
 from slurm import publish, site
 from slurm.publish import (
     NOTHING,
@@ -511,6 +512,20 @@ def test_nothing_is_asked_where_the_same_is_to_be_told(node: Node, slurmctld: Sl
     assert publisher(node).job_went(60)
     with pytest.raises(NodeError, match="no contact"):
         publisher(node).now()  # as the timer does: slurmctld may have forgotten it
+
+
+def test_what_slurmctld_seems_to_have_forgotten_is_told_whatever_others_note_meanwhile(
+    node: Node, slurmctld: Slurmctld
+) -> None:
+    node.acquire(1, "1g.10gb:1")
+    publisher(node).now()
+    note = node.root / "state" / publish.FILE
+    written = note.read_bytes()
+    slurmctld.gres.write_text("migt:job:900,migt:size:900,migt:open:900")
+    with Store(node.config.state_dir, time.monotonic() + 60).publishing():
+        publisher(node).anew()
+        note.write_bytes(written)  # by whom has the lock
+    until(lambda: slurmctld.sizes() == [1 + 7, 1 + 7])
 
 
 def test_a_full_disk_does_not_make_it_try_for_ever(
