@@ -33,6 +33,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs/policy.md"
 SCRATCH = ROOT / "benchmarks/scratch.model"
 """Made by `rms train --config policy/configs/slots8.scratch.toml`."""
+AGAIN = ROOT / "benchmarks/again.model"
+"""Made as the shipped model is, with `--seed 1`."""
 LOADS = (0.6, 0.9)
 STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 5: 2.57, 23: 2.07}
 """Student's t, 95 %, by degrees of freedom."""
@@ -276,6 +278,38 @@ def learning(how: How) -> Iterator[str]:
         yield f"| {row} | {' | '.join(filled)} |"
 
 
+def again(how: How) -> Iterator[str]:
+    """What ships beside the same training with another seed."""
+    moves, t, ships = A100
+    other = model.unpack(AGAIN.read_bytes(), moves.geometry)
+    names = TOLD[: 1 if how.quick else None]
+    yield "### Trained again with another seed: 8 GPUs, load 0.8, exponential; mean wait, percent\n"
+    yield "| mix | limits | what ships, against MFI | again, against MFI | again, against what ships |"
+    yield "|---|---|---|---|---|"
+    node = Node(8, depth=300)
+    for name in names:
+        shares = workload.mix(name, moves)
+        mfi = baselines.mfi(moves, shares)
+        for limit in ("exact", "1to3", "none"):
+            jobs = streams(A100, how, shares, 0.8, 8, limit=limit)
+            base = [float(wait(j, simulate(t, node, mfi, j)).mean()) for j in jobs]
+            ours, theirs = ([float(wait(j, own(A100, node, j, of=of)).mean()) for j in jobs] for of in (ships, other))
+            yield f"| {name} | {limit} | {percent(ours, base)} | {percent(theirs, base)} | {percent(theirs, ours)} |"
+    yield "### The same: 2 GPUs, load 0.9, loss mode, exact; share of the gap that is closed, percent\n"
+    yield "| mix | what ships | again |"
+    yield "|---|---|---|"
+    for name in names:
+        shares = workload.mix(name, moves)
+        best = exact.optimum(moves, 2, shares, 0.9).acceptance
+        least = exact.evaluate(moves, 2, shares, 0.9, baselines.mfi(moves, shares)).acceptance
+        closed = []
+        for of in (ships, other):
+            seen = evaluate.converged(moves, t, 2, of, shares, 0.9, how.seeds[0])
+            reached = exact.evaluate(moves, 2, shares, 0.9, evaluate.learned(moves, seen, 2, of)).acceptance
+            closed.append(f"{100 * (reached - least) / (best - least):.0f}")
+        yield f"| {name} | {' | '.join(closed)} |"
+
+
 def held_out(how: How) -> Iterator[str]:
     """Mixes, loads, sizes and services that nobody trained for."""
     yield "### Held out: 40 mixes none of which is within 0.15 (L1) of a training mix, loads 0.4 to 1.1, 1 to 32 GPUs\n"
@@ -428,6 +462,7 @@ PARTS: dict[str, Callable[[How], Iterator[str]]] = {
     "hyper": lambda how: queue(how, "hyperexponential"),
     "ablation": ablation,
     "learning": learning,
+    "again": again,
     "admissions": admissions,
     "limits": uninformative,
     "reuse": reuse,

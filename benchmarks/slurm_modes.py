@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,7 +71,8 @@ STALLED = 180.0
 
 
 class Ran(NamedTuple):
-    """A job of the overload: when (epoch) it was submitted, could start, and wrote its first and its last line.
+    """A job of the overload: when (epoch) it was submitted, could start, was let in by slurmctld (the last time), and
+    wrote its first and its last line.
 
     It `could` once its slices were free: after its submission, and the last end of a job that had them. None where that
     is not known, or where it was sent back and had to wait for something else.
@@ -80,6 +82,7 @@ class Ran(NamedTuple):
     node: str
     submit: float
     could: float | None
+    let_in: float
     start: float
     end: float
 
@@ -259,14 +262,23 @@ def with_rms(mode: str, seed: int, options: argparse.Namespace) -> Run:
             sum(took for _, took in messages.values()) * 1e3 / options.jobs,
             passes * 1e3 / options.jobs,
             busy,
-            [ran(jobs[j], one, None if j in sent_back else free[j]) for j, one in found.items()],
+            ran(slurm, jobs, found, {j: None if j in sent_back else free[j] for j in found}),
         )
 
 
-def ran(job: Submitted, wrote: records.Record, free: float | None) -> Ran:
-    """What became of a job whose slices were free then."""
-    could = None if free is None else max(job.at, free)
-    return Ran(job.request, wrote.node, job.at, could, wrote.start, wrote.end)
+def ran(
+    slurm: Cluster, jobs: Mapping[int, Submitted], found: Mapping[int, records.Record], free: Mapping[int, float | None]
+) -> list[Ran]:
+    """What became of the jobs, whose slices were `free` then."""
+    started = r"^\[(\S+)\] sched(?:: Allocate|/backfill: _start_job: Started) JobId=(\d+) "
+    lines = re.findall(started, (slurm.log / "slurmctld.log").read_text(), re.MULTILINE)
+    let_in = {int(job): datetime.fromisoformat(at).timestamp() for at, job in lines}
+    rows = []
+    for number, wrote in found.items():
+        job, at = jobs[number], free[number]
+        could = None if at is None else max(job.at, at)
+        rows.append(Ran(job.request, wrote.node, job.at, could, let_in[number], wrote.start, wrote.end))
+    return rows
 
 
 def at_once(slurm: Cluster, count: int) -> float:
@@ -328,7 +340,7 @@ def on_shards(seed: int, options: argparse.Namespace) -> Run:
                 None,
                 passes * 1e3 / options.jobs,
                 busy,
-                [ran(jobs[j], one, None) for j, one in found.items()],
+                ran(slurm, jobs, found, dict.fromkeys(found)),
             )
 
 
@@ -381,27 +393,31 @@ def elsewhere(mode: str, options: argparse.Namespace) -> list[Run]:
 
 class Latency(NamedTuple):
     """Of one run, in seconds: from when each job could start to its first line; of these the ones in which nothing else
-    started on its node; and of the others, from the last start on its node before it to its own."""
+    started on its node; and of the others, from the last start on its node before it to its own. `ending`: of `alone`,
+    where a job had ended before, the part until slurmctld let the next one in."""
 
     all: list[float]
     alone: list[float]
     behind: list[float]
+    ending: list[float]
 
 
 def latency(ran: Sequence[Ran]) -> Latency:
     """Taken apart, job by job."""
-    found = Latency([], [], [])
+    found = Latency([], [], [], [])
     for job in ran:
         if job.could is not None:
             last = max((one.start for one in ran if one.node == job.node and one.start < job.start), default=0.0)
             found.all.append(job.start - job.could)
             (found.behind if last > job.could else found.alone).append(job.start - max(last, job.could))
+            if last <= job.could and job.could > job.submit:
+                found.ending.append(job.let_in - job.could)
     return found
 
 
-def simulated(run: Run, options: argparse.Namespace, known: float, token: float) -> float:
+def simulated(run: Run, options: argparse.Namespace, known: float, token: float, ending: float) -> float:
     """The mean wait of the same jobs in `policy.simulator`, where what happens is `known` to slurmctld so many seconds
-    later, and the next job starts on a node `token` seconds after another.
+    later, the next job starts on a node `token` seconds after another, and none while one is ending, so long.
 
     They are submitted when they were and run for as long as they did; nodes decide by the shipped policy, and Slurm's
     passes over the queue are what they are with the bf_interval of these clusters.
@@ -417,7 +433,7 @@ def simulated(run: Run, options: argparse.Namespace, known: float, token: float)
     submit = np.array([job.submit - jobs[0].submit for job in jobs])
     duration = np.array([job.end - job.start for job in jobs])
     pool = simulator.Node(options.nodes * options.gpus, depth=len(jobs), lazy=True, nodes=options.nodes, latency=token)
-    pool = pool._replace(backfill=float(re.findall(r"bf_interval=(\d+)", SCHEDULER)[0]))
+    pool = pool._replace(backfill=float(re.findall(r"bf_interval=(\d+)", SCHEDULER)[0]), ending=ending)
     if run.mode == "sums":
         pool = pool._replace(admission=simulator.NODE_SUMS, hold=CREDENTIAL + 10.0)
     stream = Jobs(
@@ -429,6 +445,11 @@ def simulated(run: Run, options: argparse.Namespace, known: float, token: float)
     )
     w = evaluate.simulate_estimating(moves, rules.tables(MODEL), pool, model.load(moves.geometry), stream)
     return float((w.start - submit).mean())
+
+
+def measured(late: Latency) -> tuple[float, float, float]:
+    """What `simulated` is given. Of `ending` the median: some had another one's end to wait for, too."""
+    return mean(late.alone), mean(late.behind), statistics.median(late.ending) if late.ending else 0.0
 
 
 def mean(values: Sequence[float]) -> float:
@@ -482,8 +503,8 @@ def row(runs: Sequence[Run], options: argparse.Namespace) -> list[str]:
         str(sum(without)) if without else "-",
         str(sum(run.drained for run in runs)),
         cell(waits, 1),
-        cell([w / simulated(run, options, mean(late.alone), mean(late.behind)) for run, w, late in known], 2),
-        cell([w / simulated(run, options, 0.0, 0.0) for run, w, _ in known], 2),
+        cell([w / simulated(run, options, *measured(late)) for run, w, late in known], 2),
+        cell([w / simulated(run, options, 0.0, 0.0, 0.0) for run, w, _ in known], 2),
         cell([run.total for run in runs], 0),
         cell([statistics.median(late.all) for _, _, late in known], 2),
         cell([mean(late.alone) for _, _, late in known], 2),

@@ -51,6 +51,8 @@ class Node(NamedTuple):
     for which a node is only busy, which takes it but for the token or, where Slurm goes by sums, but for slices. A pass
     of backfill goes on, and plans such a job on the node where a time limit ends first: nobody behind it gets that who
     may still run then. With 0 every pass goes through all of the queue, and nothing is planned.
+    `ending` is for how long a job that is over is ending to Slurm (its Epilog): until then, the last part of its
+    duration here, no job starts on its node, and the node is busy.
     """
 
     gpus: int
@@ -67,6 +69,7 @@ class Node(NamedTuple):
     hold: float = 0.02
     nodes: int = 1
     backfill: float = 0.0
+    ending: float = 0.0
 
 
 class World(NamedTuple):
@@ -530,13 +533,25 @@ def admitted(t: Tables, node: Node, w: World, jobs: Jobs, j: int, n: int) -> boo
 
 
 @inlined()
+def is_ending(t: Tables, node: Node, w: World, n: int) -> bool:
+    """Whether a job of node n is."""
+    size = len(w.state) // node.nodes
+    for i in range(w.tally[EVENTS]):
+        if w.codes[i] >= 0 and w.codes[i] // len(t.overlaps) // size == n and w.times[i] - node.ending <= w.clock[NOW]:
+            return True
+    return False
+
+
+@inlined()
 def is_busy(t: Tables, node: Node, w: World, profile: int, n: int) -> bool:
     """Whether node n, which does not start a job now, is only busy as far as Slurm knows (its ESLURM_NODES_BUSY)."""
     if node.admission != FIT:
         return True
-    if w.clock[NOW] < w.gates[n]:
-        size = len(w.state) // node.nodes
-        for state in w.told[n * size : n * size + size]:
+    size = len(w.state) // node.nodes
+    late = w.clock[NOW] < w.gates[n]
+    if late or (node.ending > 0.0 and is_ending(t, node, w, n)):
+        known = w.told if late else w.state
+        for state in known[n * size : n * size + size]:
             if t.fits[state, profile] > 0:
                 return True
     return False
@@ -564,7 +579,8 @@ def attempt(t: Tables, node: Node, r: Rule, jobs: Jobs, w: World, j: int) -> int
     for n in range(node.nodes):
         if end > w.plans[n]:
             continue
-        if now < w.gates[n] or not admitted(t, node, w, jobs, j, n):
+        closed = now < w.gates[n] or (node.ending > 0.0 and is_ending(t, node, w, n))
+        if closed or not admitted(t, node, w, jobs, j, n):
             if node.backfill > 0.0 and is_busy(t, node, w, jobs.profile[j], n):
                 outcome = STOPS
             continue

@@ -45,8 +45,10 @@ def test_the_modes_in_short() -> None:
     short = ("--nodes=1", "--jobs=12", "--between=1,2", "--short=4", "--modes=features", "--json")
     [run] = [slurm_modes.Run(**run) for run in json.loads(bench("slurm_modes.py", *short))]
     assert (run.dispatches, run.misplaced, run.without, run.drained, len(run.ran)) == (12, 0, 0, 0, 12)
-    late = slurm_modes.latency([slurm_modes.Ran(*job) for job in run.ran])
+    ran = [slurm_modes.Ran(*job) for job in run.ran]
+    late = slurm_modes.latency(ran)
     assert len(late.all) == len(late.alone) + len(late.behind) == 12 and min(late.all) > 0
+    assert all(job.could < job.let_in + 0.1 and job.let_in < job.start < job.end for job in ran)
     assert run.idle is not None and len(run.idle) == 4
     assert run.rpcs is not None and 2 <= run.rpcs <= 8
     assert run.passes_ms > 0

@@ -331,6 +331,20 @@ def test_who_lacks_only_the_token_stops_a_pass_and_not_one_of_backfill(backfill:
     assert w.start[6] == pytest.approx(start)
 
 
+@pytest.mark.parametrize(("ending", "starts"), [(0.0, (9.5, 9.6)), (1.0, (10.0, 10.0))])
+def test_while_a_job_is_ending_none_starts_on_its_node(ending: float, starts: tuple[float, float]) -> None:
+    jobs = given(
+        (0.0, "4g.40gb", 100.0, 200.0),
+        (0.0, "1g.10gb", 10.0, 200.0),  # over at 9.0, and known to be at 10.0
+        (0.0, "7g.80gb", 100.0, 200.0),  # on the other node
+        (9.5, "1g.10gb", 100.0, 200.0),
+        (9.6, "1g.10gb", 100.0, 200.0),  # behind the first
+    )
+    w = simulate(TABLES, Node(2, depth=9, nodes=2, backfill=1000.0, ending=ending), BUILT_IN, jobs)
+    assert w.start[:3].tolist() == [0.0, 0.0, 0.0]
+    assert w.start[3:].tolist() == pytest.approx(starts)
+
+
 @pytest.mark.parametrize(("limit", "start"), [(50.0, 5.0), (90.0, 100.0)])
 def test_by_sums_backfill_lets_only_those_by_who_end_in_time(limit: float, start: float) -> None:
     jobs = given(

@@ -167,6 +167,24 @@ def test_who_lacks_only_the_token_holds_up_those_behind_until_backfill() -> None
         assert slurm.job(late)["JobState"] == "PENDING"
 
 
+def test_while_an_epilog_runs_nothing_else_starts_on_the_node(tmp_path: Path) -> None:
+    """Slurm's own rule, whatever the job asks for: so an Epilog has to be short."""
+    tmp_path.chmod(0o755)
+    epilog = tmp_path / "epilog"
+    epilog.write_text(f"#!/bin/sh\nwhile [ -e {tmp_path}/slow ]; do sleep 0.1; done\n")
+    epilog.chmod(0o755)
+    with Cluster(nodes=1, hooks={"Epilog": epilog}) as slurm:
+        running(slurm, slurm.sbatch("sleep 600", user=slurm.users[0]))
+        (tmp_path / "slow").touch()
+        ends = slurm.sbatch("true", user=slurm.users[0])
+        slurm.wait(lambda: slurm.job(ends)["JobState"] == "COMPLETING", 60, "its Epilog runs")
+        waits = slurm.sbatch("true", user=slurm.users[0])
+        time.sleep(3)
+        assert (slurm.job(waits)["JobState"], slurm.job(waits)["Reason"]) == ("PENDING", "Resources")
+        (tmp_path / "slow").unlink()
+        slurm.wait(lambda: slurm.job(waits)["JobState"] == "COMPLETED", 60, "it runs")
+
+
 def test_what_is_not_ours_stays_as_slurm_conf_has_it(slurm: RmsCluster) -> None:
     before = record(slurm, "n1")
     whole = slurm.sbatch("sleep 600", "--gres=gpu:a100:1", "-wn1", user=slurm.users[1])
