@@ -271,6 +271,9 @@ def policy_use(options: argparse.Namespace) -> int:
         except OSError as error:
             raise RequestError(f"{path} is no model of rms policy list, and no file: {error.strerror}") from error
         shelf.add(data, name)
+    if name == before:
+        print(f"{name} decides already")
+        return 0
     shelf.use(name)
     _swapped(settings, shelf, "use", before)
     print(f"{name} decides from now on; rms policy rollback leads back to {before}")

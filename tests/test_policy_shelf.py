@@ -88,6 +88,7 @@ def test_use_and_rollback(node: Node, rms: Any, tmp_path: Path) -> None:
     assert decided(node, 5)["model"] == shipped
     assert rms("policy", "rollback")[0] == 3, "nothing was before the shipped one"
     assert rms("policy", "use", "other")[0] == 0
+    assert rms("policy", "use", "other") == (0, "other decides already\n")
     assert decided(node, 6)["model"] == other
     swaps = [
         json.loads(line) for line in Path(node.config.audit_log).read_text().splitlines() if '"event": "policy"' in line
