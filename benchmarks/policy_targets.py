@@ -165,7 +165,7 @@ def queue(how: How, service: str, b: Board = A100) -> Iterator[str]:
                 )
                 whole.append(tails[-1][-1])
             worst = [
-                f"{np.mean(found, axis=0).max():+.0f} ({b.moves.profiles[int(np.mean(found, axis=0).argmax())][:2]})"
+                f"{np.mean(found, axis=0).max():+.1f} ({b.moves.profiles[int(np.mean(found, axis=0).argmax())][:2]})"
                 for found in (means, tails)
             ]
             figures = " | ".join([interval(mean), interval(true), interval(whole), *worst])
@@ -407,7 +407,7 @@ def large(how: How) -> Iterator[str]:
     for name in TOLD[: 1 if how.quick else None]:
         shares = workload.mix(name, b.moves)
         for load in (0.85, 0.95):
-            jobs = streams(b, how, shares, load, node.gpus, limit="none")[:3]
+            jobs = streams(b, how, shares, load, node.gpus, limit="none")
             found = compared(b, node, shares, jobs, strong, lambda j, w: accepted(b, j, w))
             figures = f"{found.mfi:.2f} | {found.best - found.mfi:+.2f} ({found.name}) | {found.ours - found.mfi:+.2f}"
             yield f"| {name} | {load} | {figures} | {interval(found.more, 2)} |"
@@ -420,7 +420,7 @@ def reuse(how: How) -> Iterator[str]:
     yield "|---|---|---|"
     shares = workload.mix("uniform", A100.moves)
     made, mfis, lazily, eagerly = [], [], [], []
-    for jobs in streams(A100, how, shares, 0.7, 8):
+    for jobs in streams(A100, how, shares, 0.7, 8, count=MANY):
         lazy, eager = (own(A100, Node(8, depth=300, lazy=on), jobs) for on in (True, False))
         mfi = simulate(A100.t, Node(8, depth=300, lazy=True), baselines.mfi(A100.moves, shares), jobs)
         made.append(float(lazy.created.mean()))
