@@ -71,8 +71,8 @@ STALLED = 180.0
 
 
 class Ran(NamedTuple):
-    """A job of the overload: when (epoch) it was submitted, could start, was let in by slurmctld (the last time), and
-    wrote its first and its last line.
+    """A job of the overload: when (epoch) it was submitted, could start, was let in by slurmctld (the last time; None
+    where its log does not say so: 26.05 says it of the main scheduler only), and wrote its first and its last line.
 
     It `could` once its slices were free: after its submission, and the last end of a job that had them. None where that
     is not known, or where it was sent back and had to wait for something else.
@@ -82,7 +82,7 @@ class Ran(NamedTuple):
     node: str
     submit: float
     could: float | None
-    let_in: float
+    let_in: float | None
     start: float
     end: float
 
@@ -277,7 +277,7 @@ def ran(
     for number, wrote in found.items():
         job, at = jobs[number], free[number]
         could = None if at is None else max(job.at, at)
-        rows.append(Ran(job.request, wrote.node, job.at, could, let_in[number], wrote.start, wrote.end))
+        rows.append(Ran(job.request, wrote.node, job.at, could, let_in.get(number), wrote.start, wrote.end))
     return rows
 
 
@@ -410,7 +410,7 @@ def latency(ran: Sequence[Ran]) -> Latency:
             last = max((one.start for one in ran if one.node == job.node and one.start < job.start), default=0.0)
             found.all.append(job.start - job.could)
             (found.behind if last > job.could else found.alone).append(job.start - max(last, job.could))
-            if last <= job.could and job.could > job.submit:
+            if job.let_in is not None and last <= job.could and job.could > job.submit:
                 found.ending.append(job.let_in - job.could)
     return found
 
