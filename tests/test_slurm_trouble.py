@@ -25,7 +25,8 @@ from throwaway import Cluster
 pytestmark = pytest.mark.slurm
 
 SHOW = 'echo "ran ${CUDA_VISIBLE_DEVICES-unset}"'
-CREATE = 2.0  # seconds: long enough to be hit by a signal
+CREATE = 2.0  # seconds that an instance takes: long enough to be hit by a signal
+LONG = 45.0  # where what is to be hit must still be at work on a machine that stands still for a while
 WAIT = 2  # seconds that a Prolog waits for room where it can't requeue
 
 
@@ -46,6 +47,8 @@ def healthy(slurm: Cluster) -> Iterator[None]:
         slurm.run("scancel", f"--user={user.name}", check=False)
     slurm.wait(lambda: not slurm.queue(), 60, "every job is over")
     node = slurm.node_states()["n1"]
+    if node.reason:  # or all tests after this one would fail with it
+        slurm.run("scontrol", "update", "NodeName=n1", "State=RESUME")
     assert node.state in ("idle", "planned") and node.reason == ""
     assert busy(slurm) == []
 
@@ -98,16 +101,22 @@ def drained(slurm: Cluster) -> str:
     return reason
 
 
-def starting(slurm: Cluster, *requests: str) -> list[int]:
+def starting(slurm: Cluster, *requests: str, create: float = CREATE) -> list[int]:
     """Jobs whose Prologs are at work, all at once. What follows a request is another option."""
     jobs = []
+    config = slurm.etc / "rms.toml"
+    text = config.read_text()
     with waiting_prologs(slurm):
         for request in requests:
             gres, *options = request.split()
             jobs.append(slurm.sbatch(SHOW, f"--gres=mig:{gres}", *options, user=slurm.users[0]))
         for job in jobs:
             slurm.wait(lambda job=job: slurm.job(job)["JobState"] == "RUNNING", 60, "its Prolog has begun")  # type: ignore[misc]
-    slurm.wait(lambda: {f"{job}.0" for job in jobs} <= set(busy(slurm)), 60, "their Prologs are at work")
+        config.write_text(text.replace(f"create_seconds = {CREATE}", f"create_seconds = {create}"))
+    try:
+        slurm.wait(lambda: {f"{job}.0" for job in jobs} <= set(busy(slurm)), 60, "their Prologs are at work")
+    finally:
+        config.write_text(text)  # what is at work has read it
     return jobs
 
 
@@ -126,7 +135,7 @@ def ran_once(slurm: Cluster, job: int | str) -> bool:
 
 def test_prologs_are_killed(slurm: Cluster) -> None:
     """Where the Python dies, the shell drains the node and requeues. Where both do, Slurm drains, and holds the job."""
-    one, two, three = starting(slurm, "4g:1", "1g:2 --no-requeue", "2g:1")
+    one, two, three = starting(slurm, "4g:1", "1g:2 --no-requeue", "2g:1", create=LONG)
     kill(slurm, "slurm.hook prolog", jobs=[one, two])
     kill(slurm, "prolog", jobs=[three])
     slurm.wait(lambda: len([line for line in slurm.queue() if " PENDING " in line]) == 3, 60, "back, each drained it")
@@ -180,7 +189,7 @@ def test_slurmd_is_killed(slurm: Cluster) -> None:
 
 def test_slurmd_and_the_prolog_are_killed(slurm: Cluster) -> None:
     """Nobody would ever start or end that job: `rms reconcile`, which the health check runs, puts it back."""
-    (job,) = starting(slurm, "1g.10gb+me")  # nobody else has this one: there is no idle one, its Prolog has to make it
+    (job,) = starting(slurm, "1g.10gb+me", create=LONG)  # there is no idle one of these: its Prolog has to make it
     os.kill(int((slurm.root / "run" / "n1.pid").read_text()), signal.SIGSTOP)  # it must not see the Prolog end
     kill(slurm, "prolog", jobs=[job])  # the shell and its Python
     slurm.restart_slurmd("n1", signal.SIGKILL)
