@@ -531,27 +531,31 @@ class Controller:
                 self._log(self.audit.fault)
 
     def _recover(self, damaged: Damaged) -> None:
+        """Rebuild the state from the GPUs and the grants. Of the processes that find it damaged one does; the others
+        wait for that alone, and not for what it makes on the GPUs next."""
         from rms import reconcile
 
-        gpus = self._managed()
-        with self._store.hardware(gpus, "recover"):
-            surveys = self._asked(lambda gpu: hardware.survey(self._device, gpu))
-            with self._store.rebuild("recover") as state:
-                if state is None:
+        with self._store.recovering():
+            with suppress(Damaged):
+                if self._store.glance().boot_id:
                     return
-                grants = self._grants()
-                told = reconcile.recover(state, self._boot_id, self.config.gpus, surveys, grants, time.time())
-                for record in state.gpus:
-                    told += hardware.fence_all(self._device, state, record, record.fault, self._rehearsal)
-                # A UUID comes back for others, who must not be robbed of it at the next recovery.
-                for run, uid, request, uuids in grants.values():
-                    allocation = state.of_run(run)
-                    held = [i.uuid or "" for _, i in state.held(allocation)] if allocation else []
-                    if allocation is None:
-                        self._forget(run)
-                    elif held != list(uuids) and not self._rehearsal and not any(gpu.fault for gpu in state.gpus):
-                        grant.give(self.config.run_dir, run, uid, request, held)
-                self._store.save(state)
+            gpus = self._managed()
+            with self._store.hardware(gpus, "recover"):
+                surveys = self._asked(lambda gpu: hardware.survey(self._device, gpu))
+                with self._store.rebuild("recover") as state:
+                    grants = self._grants()
+                    told = reconcile.recover(state, self._boot_id, self.config.gpus, surveys, grants, time.time())
+                    for record in state.gpus:
+                        told += hardware.fence_all(self._device, state, record, record.fault, self._rehearsal)
+                    # A UUID comes back for others, who must not be robbed of it at the next recovery.
+                    for run, uid, request, uuids in grants.values():
+                        allocation = state.of_run(run)
+                        held = [i.uuid or "" for _, i in state.held(allocation)] if allocation else []
+                        if allocation is None:
+                            self._forget(run)
+                        elif held != list(uuids) and not self._rehearsal and not any(gpu.fault for gpu in state.gpus):
+                            grant.give(self.config.run_dir, run, uid, request, held)
+                    self._store.save(state)
         for line in (*told, f"{damaged}: rebuilt from {len(gpus)} GPUs and {len(grants)} grants"):
             self._report(line)
 

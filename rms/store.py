@@ -64,14 +64,20 @@ class Store:
         return self._load()
 
     @contextmanager
-    def rebuild(self, what: str) -> Iterator[State | None]:
-        """The state to recover from, with the lock held; None if somebody has recovered it meanwhile."""
+    def recovering(self) -> Iterator[None]:
+        """The lock of who rebuilds a state that is lost or damaged. It comes before those of the GPUs."""
+        with self._locked("recover.lock", "recover"):
+            yield
+
+    @contextmanager
+    def rebuild(self, what: str) -> Iterator[State]:
+        """What is left of the state, with its lock held, to be rebuilt and saved. For who holds `recovering`."""
         with self._locked("state.lock", what):
             try:
                 state = self._load()
-                yield None if state.boot_id else state
             except Damaged as damaged:
-                yield damaged.state or State()
+                state = damaged.state or State()
+            yield state
 
     @contextmanager
     def hardware(self, gpus: Iterable[str], what: str) -> Iterator[None]:

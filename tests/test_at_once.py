@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from test_nvml import STEPS
 
 from rms import hardware, store
 from rms.errors import NoRoomError
+from rms.store import Store
 
 CREATE, DESTROY = 0.5, 0.8
 REFUSED = 4
@@ -163,4 +165,26 @@ def test_one_look_at_a_gpu_does_for_all_who_wait_for_it(node: Node, monkeypatch:
         assert ended([started(lambda job=job: node.acquire(job, "1g")) for job in range(10, 16)]) == {0: 6}  # type: ignore[misc]
         assert 2 <= len(looks.read_text()) <= 4
         process.kill()
+    node.check_empties()
+
+
+def test_who_finds_the_state_lost_waits_for_its_recovery_alone(node: Node) -> None:
+    """And not for what the first goes on to make: its Prolog has a deadline. Seen at the first start of a node."""
+    gpus = list(node.device().gpus())
+    node.configure(sim_create_seconds=60)
+    with Store(node.config.state_dir, time.monotonic() + 20).hardware(gpus, "test"):
+        children = [started(lambda job=job: node.acquire(job, "3g")) for job in range(1, 5)]  # type: ignore[misc]
+        time.sleep(1)  # all wait for the recovery by now
+    try:
+        until = time.monotonic() + 30
+        while len(Store(node.config.state_dir, 0.0).glance().allocations) < 4:
+            assert time.monotonic() < until, "they wait for what another one makes"
+            time.sleep(0.01)
+    finally:
+        for pid in children:
+            os.kill(pid, signal.SIGKILL)
+    assert ended(children) == {-signal.SIGKILL: 4}
+    node.configure(sim_create_seconds=0)
+    for job in range(1, 5):
+        node.release(job)
     node.check_empties()
