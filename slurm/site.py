@@ -306,10 +306,10 @@ def gates(known: Geometry, gpus: int) -> dict[Request, Request]:
         for name in (name for name, count in larger.items for _ in range(count)):
             added = ({(*map(sum, zip(one, more, strict=True)),) for more in inside[name]} for one in sums)
             sums = {counts for several in added for counts in several if sum(counts) <= MIXED}
-        needs = _empty(known, larger)
+        needs = empty(known, larger)
         for counts in sorted(sums):
             mix = Request(tuple((name, count) for name, count in zip(order, counts, strict=True) if count))
-            if len(mix.items) > 1 and mix not in found and (needs == 1 or needs <= _empty(known, mix)):
+            if len(mix.items) > 1 and mix not in found and (needs == 1 or needs <= empty(known, mix)):
                 found[mix] = larger
     return found
 
@@ -336,7 +336,7 @@ def _inside(known: Geometry) -> dict[str, set[tuple[int, ...]]]:
     return found
 
 
-def _empty(known: Geometry, request: Request) -> int:
+def empty(known: Geometry, request: Request) -> int:
     """How many empty GPUs a request needs; MIXED + 1 where that is more."""
     for gpus in range(1, MIXED + 1):
         if planner.fits(View(tuple(GpuView(str(n), known) for n in range(gpus)), (), None, 0.0), request):
