@@ -30,7 +30,7 @@ from rms.geometry import Placement
 from rms.inventory import Allocation, Claim, Intent, Outcome, Owner, Run, State, Step, Survey
 from rms.planner import Decision, View
 from rms.request import MESSAGE, Request, parse, printable
-from rms.store import Damaged, Store
+from rms.store import Damaged, NeedlessError, Store
 
 SKEW_SECONDS = 300
 """How far the clocks of node and slurmctld may be apart: munge takes no more either."""
@@ -448,8 +448,7 @@ class Controller:
             with self._store.open(what) as state:
                 if not state.boot_id:
                     raise Damaged("first start here, or the state is gone", state)
-                stale = state.boot_id != self._boot_id or state.managed != list(self.config.gpus)
-                stale = stale or any(gpu.left and not inventory.in_use(state, gpu) for gpu in state.gpus)
+                stale = self._stale(state)
                 nameless = not named and inventory.nameless(state, time.time(), everything)
                 known = not stale and not nameless
                 claim = inventory.claim(state, self._owner, time.time(), everything) if known and not mended else None
@@ -464,15 +463,23 @@ class Controller:
                 with suppress(NodeError):  # it still does not tell, and no other GPU does just now
                     self._discover()
             else:
-                self._mend(claim)
+                self._mend(claim, everything)
                 mended = True
 
+    def _stale(self, state: State) -> bool:
+        """Whether the GPUs must be taken in anew: after a reboot or a change of the configuration."""
+        if state.boot_id != self._boot_id or state.managed != list(self.config.gpus):
+            return True
+        return any(gpu.left and not inventory.in_use(state, gpu) for gpu in state.gpus)
+
     def _discover(self) -> None:
-        """Take in the GPUs after a reboot or a change of the configuration."""
+        """Take in the GPUs after a reboot or a change of the configuration, unless another process just has."""
         from rms import reconcile
 
         found = self._asked(self._device.geometry)
         with self._store.open("discover") as state:
+            if not self._stale(state) and not inventory.nameless(state, time.time(), everything=True):
+                return  # to do it again would put the GPUs in doubt on which others are at work by now
             if state.boot_id != self._boot_id:
                 self._report("this node has booted: instances and allocations from before are gone")
                 for run, *_ in self._grants().values():
@@ -480,39 +487,50 @@ class Controller:
             reconcile.discover(state, self._boot_id, self.config.gpus, found, time.time())
             self._store.save(state)
 
-    def _mend(self, claim: Claim) -> None:
+    def _mend(self, claim: Claim, everything: bool) -> None:
         """Compare GPUs with their records: what dead processes left, what is in doubt, what is quarantined."""
-        from rms import reconcile
-
         since = time.monotonic()
         for gpu in claim.gpus:
-            with self._store.hardware([gpu], "mend"):
-                known = next((g for g in self._store.glance().gpus if g.uuid == gpu), None)
-                if not claim.intents and known and not known.doubt and known.looked > since:
-                    continue  # another process has had a long look at it while we waited for that
-                survey: Survey | str
-                began = time.monotonic()
-                try:
-                    survey = hardware.survey(self._device, gpu, claim, self._rehearsal)
-                except DeviceError as error:
-                    survey = str(error)
-                with self._store.open("mend") as state:
-                    record = next((g for g in state.gpus if g.uuid == gpu), None)
-                    if record is None:
-                        continue  # taken out of the configuration meanwhile
-                    before, lost = record.fault, reconcile.lost(state)
-                    told = reconcile.mend(state, record, survey, claim.intents, self._grants(), time.time())
-                    told += hardware.fence_all(self._device, state, record, before, self._rehearsal)
-                    lost = reconcile.lost(state) - lost
-                    if time.monotonic() - began > LONG_SECONDS:
-                        record.looked = began
-                    self._store.save(state)
-            for line in told:
-                self._report(line)
-            for run, where, placement in sorted(lost):
-                self.audit.write("lost", run=run, gpu=where, placement=str(placement))
+            with suppress(NeedlessError):
+                self._compare(gpu, claim, everything, since)
         if claim.intents:
             self._report(f"took over {len(claim.intents)} unfinished change(s) of processes that are gone")
+
+    def _compare(self, gpu: str, claim: Claim, everything: bool, since: float) -> None:
+        """Compare one GPU of a claim. Not where another process has mended it while we waited for its lock, nor where
+        one has had a long look at it that began after `since` (time.monotonic). Raises NeedlessError."""
+        from rms import reconcile
+
+        def needless() -> bool:
+            known = next((g for g in self._store.glance().gpus if g.uuid == gpu), None)
+            if known is None:
+                return True  # taken out of the configuration
+            theirs = any(i.intent in claim.intents for i in known.instances)
+            seen = known.looked > since and not known.doubt and not theirs
+            return seen or not inventory.to_mend(known, claim.intents, time.time(), everything)
+
+        with self._store.hardware([gpu], "mend", needless):
+            survey: Survey | str
+            began = time.monotonic()
+            try:
+                survey = hardware.survey(self._device, gpu, claim, self._rehearsal)
+            except DeviceError as error:
+                survey = str(error)
+            with self._store.open("mend") as state:
+                record = next((g for g in state.gpus if g.uuid == gpu), None)
+                if record is None:
+                    return  # taken out of the configuration meanwhile
+                before, lost = record.fault, reconcile.lost(state)
+                told = reconcile.mend(state, record, survey, claim.intents, self._grants(), time.time())
+                told += hardware.fence_all(self._device, state, record, before, self._rehearsal)
+                lost = reconcile.lost(state) - lost
+                if time.monotonic() - began > LONG_SECONDS:
+                    record.looked = began
+                self._store.save(state)
+        for line in told:
+            self._report(line)
+        for run, where, placement in sorted(lost):
+            self.audit.write("lost", run=run, gpu=where, placement=str(placement))
 
     def _recovering(self, work: Callable[[], T]) -> T:
         """Do `work`, rebuilding the state first where it is lost or damaged."""

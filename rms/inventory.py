@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -499,11 +499,7 @@ def claim(state: State, owner: Owner, now: float, everything: bool = False) -> C
             state.allocations.remove(allocation)
     gpus, places, refused = [], set(), set()
     for gpu in state.gpus:
-        urgent = any(i.intent in numbers or (i.trouble == "held" and not gpu.fault) for i in gpu.instances)
-        waits = bool(gpu.fault) or any(i.status == "quarantined" for i in gpu.instances)
-        if gpu.left and not any(i.intent in numbers or i.trouble == "held" for i in gpu.instances):
-            continue
-        if not (everything or urgent or gpu.doubt or gpu.left or (waits and _due(gpu, now))):
+        if not to_mend(gpu, numbers, now, everything):
             continue
         gpus.append(gpu.uuid)
         for i in gpu.instances:
@@ -515,6 +511,16 @@ def claim(state: State, owner: Owner, now: float, everything: bool = False) -> C
                 refused.add((gpu.uuid, i.placement))
     state.intents = [i for i in state.intents if i.number not in numbers or state.touched(i)]
     return Claim(numbers, tuple(gpus), frozenset(places), frozenset(refused)) if numbers or gpus else None
+
+
+def to_mend(gpu: Gpu, dead: Container[int], now: float, everything: bool = False) -> bool:
+    """Whether a GPU must be compared with the hardware before a decision; `dead` are intents that are taken over."""
+    left_undone = any(i.intent in dead for i in gpu.instances)
+    held = any(i.trouble == "held" for i in gpu.instances)
+    if gpu.left:
+        return left_undone or held
+    waits = gpu.fault or any(i.status == "quarantined" for i in gpu.instances)
+    return bool(everything or left_undone or gpu.doubt or (held and not gpu.fault) or (waits and _due(gpu, now)))
 
 
 def _due(gpu: Gpu, now: float) -> bool:

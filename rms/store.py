@@ -12,7 +12,7 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -24,6 +24,13 @@ POLL_SECONDS = 0.005
 """How often a waiting process tries again: a held state lock is free again after about two syncs of the disk."""
 HARDWARE_POLL_SECONDS = 0.025
 """The same for a GPU: it is held for as long as its hardware takes, and many who wait must not take the processor."""
+
+NEEDLESS_SECONDS = 0.25
+"""How often who waits for a lock asks whether it is needed any more: that is to read the whole state, mostly."""
+
+
+class NeedlessError(Exception):
+    """What a lock was wanted for has been done by another process."""
 
 
 class Damaged(Exception):
@@ -80,11 +87,12 @@ class Store:
             yield state
 
     @contextmanager
-    def hardware(self, gpus: Iterable[str], what: str) -> Iterator[None]:
-        """The locks of some GPUs, taken in order."""
+    def hardware(self, gpus: Iterable[str], what: str, needless: Callable[[], bool] | None = None) -> Iterator[None]:
+        """The locks of some GPUs, taken in order. Raises NeedlessError as soon as `needless` says so, if it is given:
+        it is asked now and then while this waits, and when a lock is there."""
         with ExitStack() as stack:
             for gpu in sorted(set(gpus)):
-                stack.enter_context(self._locked(f"{gpu}.lock", what, HARDWARE_POLL_SECONDS))
+                stack.enter_context(self._locked(f"{gpu}.lock", what, HARDWARE_POLL_SECONDS, needless))
             yield
 
     @contextmanager
@@ -162,8 +170,20 @@ class Store:
             )
 
     @contextmanager
-    def _locked(self, name: str, what: str, poll: float = POLL_SECONDS) -> Iterator[None]:
+    def _locked(
+        self, name: str, what: str, poll: float = POLL_SECONDS, needless: Callable[[], bool] | None = None
+    ) -> Iterator[None]:
         self._check()
+        asked = time.monotonic()
+
+        def cancelled() -> bool:
+            nonlocal asked
+            if needless and time.monotonic() - asked > NEEDLESS_SECONDS:
+                asked = time.monotonic()
+                if needless():
+                    raise NeedlessError
+            return False
+
         from filelock import FileLock, Timeout  # most of a hook's start-up; the loop on standard input needs no lock
 
         path = os.path.join(self._directory, name)
@@ -176,12 +196,14 @@ class Store:
             on_acquired=lambda descriptor: _sign(descriptor, what),
         )
         try:
-            lock.acquire()
+            lock.acquire(cancel_check=cancelled)
         except Timeout:
             raise LockTimeoutError(f"{path} is held by {_holder(path)}; end that process if it is stuck") from None
         except OSError as error:
             raise NodeError(f"cannot use the state directory {self._directory}: {error.strerror}") from error
         try:
+            if needless and needless():
+                raise NeedlessError
             yield
         finally:
             lock.release()

@@ -188,3 +188,45 @@ def test_who_finds_the_state_lost_waits_for_its_recovery_alone(node: Node) -> No
     for job in range(1, 5):
         node.release(job)
     node.check_empties()
+
+
+def test_a_node_that_has_booted_is_taken_in_once(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who finds it done by another one does not put the GPUs in doubt again, and wait for what is made on them."""
+    node.acquire(1, "1g")
+    node.boot("second boot")
+    go, real = node.root / "go", node.device_class.geometry
+
+    def slow(*arguments: Any) -> Any:
+        while not go.exists():
+            time.sleep(0.01)
+        return real(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(node.device_class, "geometry", slow)
+        late = started(lambda: node.acquire(3, "7g"))
+        time.sleep(1)  # it has found the state to be from before the boot
+    (one,) = node.acquire(2, "7g")
+    with Store(node.config.state_dir, time.monotonic() + 20).hardware([one.gpu], "test"):
+        go.touch()
+        assert ended([late]) == {0: 1}
+    node.check_empties()
+
+
+def test_who_waits_to_mend_a_gpu_goes_on_once_another_one_has_mended_it(node: Node) -> None:
+    """And does not wait for what that one goes on to make on it."""
+    gpu = node.acquire(1, "7g")[0].gpu
+    store = Store(node.config.state_dir, time.monotonic() + 20)
+
+    def doubt(why: str) -> None:
+        with store.open("test") as state:
+            state.gpu(gpu).doubt = why
+            store.save(state)
+
+    doubt("it failed")
+    with store.hardware([gpu], "test"):
+        waiting = started(lambda: node.acquire(2, "7g"))
+        time.sleep(1)
+        assert os.waitpid(waiting, os.WNOHANG) == (0, 0), "a GPU in doubt must be looked at before a decision"
+        doubt("")
+        assert ended([waiting]) == {0: 1}
+    node.check_empties()

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, Node, open_gpus, overlaps, run
@@ -655,12 +656,12 @@ def test_a_gpu_is_taken_away_while_it_is_mended(node: Node, monkeypatch: pytest.
     done = []
 
     @contextmanager
-    def late(self: Store, gpus: Sequence[str], what: str) -> Iterator[None]:
+    def late(self: Store, gpus: Sequence[str], what: str, *more: Any) -> Iterator[None]:
         if what == "mend" and not done:
             done.append(what)
             node.configure(gpus=[0])
             node.acquire(3, "1g")
-        with real(self, gpus, what):
+        with real(self, gpus, what, *more):
             yield
 
     with holder(node, two.uuid):
