@@ -96,9 +96,10 @@ class Store:
             yield
 
     @contextmanager
-    def publishing(self) -> Iterator[None]:
-        """The lock of who tells slurmctld what fits; the state's is not held meanwhile."""
-        with self._locked("publish.lock", "publish, for as long as slurmctld does not answer"):
+    def publishing(self, needless: Callable[[], bool] | None = None) -> Iterator[None]:
+        """The lock of who tells slurmctld what fits; the state's is not held meanwhile. `needless` as in `hardware`."""
+        what = "publish, for as long as slurmctld does not answer"
+        with self._locked("publish.lock", what, needless=needless):
             yield
 
     @contextmanager

@@ -19,6 +19,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import combinations_with_replacement
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ from rms.geometry import Geometry, Placement
 from rms.inventory import Allocation, State
 from rms.planner import GpuView, View
 from rms.request import Request, parse
-from rms.store import Damaged, Store
+from rms.store import Damaged, NeedlessError, Store
 from slurm.slurmctld import Slurmctld, SlurmError
 
 PREFIX = "rms_"
@@ -411,7 +412,9 @@ class Publisher:
         The process outlives the hook where slurmctld does not answer, and there is never more than one that tries:
         it looks for a newer state after each success, others only wait a moment for its lock.
         """
-        if self._stands() or (child := self._start(self._patiently)) is None:
+        # Who publishes just now may go on for long, while others change the state: we wait for our own change alone.
+        work = partial(self._patiently, needless=self._stands)
+        if self._stands() or (child := self._start(work)) is None:
             return True
         until = time.monotonic() + wait
         while child and time.monotonic() < until:
@@ -464,10 +467,10 @@ class Publisher:
                 return True  # who waits already will read the newest state
         return self._is_published() or self._patiently()
 
-    def _patiently(self, anew: bool = False) -> bool:
+    def _patiently(self, anew: bool = False, needless: Callable[[], bool] | None = None) -> bool:
         store = Store(self._config.state_dir, time.monotonic() + PATIENCE)
         try:
-            with store.publishing():
+            with store.publishing(needless):
                 until = time.monotonic() + GIVE_UP_SECONDS
                 pauses = _pauses()
                 told = None if anew else self._remembered()  # who had the lock may have noted it without asking
@@ -481,6 +484,8 @@ class Publisher:
                         if time.monotonic() > until:
                             return False
                         time.sleep(next(pauses))
+        except NeedlessError:
+            return True
         except LockTimeoutError:
             return False  # who has the lock looks for a newer state before it lets go
         except NodeError as error:  # to try again would not help

@@ -479,6 +479,28 @@ def test_what_comes_together_is_told_together_and_what_has_come_and_gone_not_at_
     assert len(slurmctld.sizes()) == 4
 
 
+def test_an_end_waits_for_what_is_told_of_it_and_not_for_who_goes_on(node: Node, slurmctld: Slurmctld) -> None:
+    for job in (1, 2):
+        node.acquire(job, "1g.10gb:1")
+    publisher(node).now()
+    node.release(1)
+    go = node.root / "go"
+    if (child := os.fork()) == 0:
+        try:
+            until(go.exists)
+            os._exit(0 if publisher(node).job_went(60) else 1)
+        finally:
+            os._exit(2)
+    store = Store(node.config.state_dir, time.monotonic() + 60)
+    with store.publishing():
+        go.touch()
+        time.sleep(0.6)
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "slurmctld has not been told yet"
+        publisher(node)._publish(store, None)
+        assert os.waitpid(child, 0)[1] == 0
+    assert slurmctld.sizes() == [2 + 7, 1 + 7]
+
+
 def test_an_update_that_may_or_may_not_have_come_through_is_not_relied_on(node: Node, slurmctld: Slurmctld) -> None:
     publisher(node).now()
     node.acquire(1, "1g.10gb:1")
