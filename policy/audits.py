@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import inf, isfinite
@@ -243,7 +244,7 @@ def _entries(path: str, needle: bytes = b"") -> Iterator[tuple[float, dict[str, 
                     t = entry = None
                 good = isinstance(entry, dict) and type(t) in (int, float) and isfinite(t)
                 yield (float(t), entry) if good else (inf, None)
-        except EOFError:  # a gzip file that was cut off
+        except (EOFError, zlib.error, gzip.BadGzipFile):  # a gzip file that was cut off, or is damaged
             yield inf, None
 
 

@@ -126,6 +126,19 @@ def test_logs_of_many_nodes_rotated_and_packed(plain: Lines, tmp_path: Path) -> 
     assert [job.submit for job in whole.jobs] == sorted(job.submit for job in whole.jobs)
 
 
+@pytest.mark.parametrize("where", [0.5, -6])  # within what is packed; in the checksum of all of it
+def test_a_packed_log_that_is_damaged_counts_up_to_there(plain: Lines, tmp_path: Path, where: float) -> None:
+    path = write(tmp_path / "a.gz", plain)
+    packed = bytearray(gzip.compress(path.read_bytes()))
+    at = int(where * len(packed)) if where > 0 else int(where)
+    packed[at : at + 4] = b"\0\xff\0\xff"
+    path.write_bytes(packed)
+    found = audits.read([str(path)], A100.geometry, time.time())
+    assert found.false["lines that are no JSON object with a time"] >= 1
+    assert found.jobs
+    audits.stand_ins(str(path))
+
+
 def test_a_requeued_job_counts_once(plain: Lines, tmp_path: Path) -> None:
     again = []
     for entry in plain[:3000]:
