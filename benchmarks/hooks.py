@@ -29,6 +29,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import tables
+
 import controller
 from rms import config as configuration
 from rms import files
@@ -38,7 +40,6 @@ from rms.store import Store
 from slurm import hook, site
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENT = ROOT / "docs/benchmarks.md"
 NODE = "n1"
 REQUEST = "3g.40gb:1"
 TOO_MUCH = "7g.80gb:2"
@@ -444,14 +445,6 @@ The two fsyncs of one save of the state (the file, its directory) took {syncs} (
 """
 
 
-def put(text: str) -> None:
-    """Put it into the document, between its marks."""
-    head, begin, rest = DOCUMENT.read_text().partition("<!-- hooks: written by make bench -->\n")
-    _, end, tail = rest.partition("<!-- end of hooks -->\n")
-    expect(bool(begin and end), f"{DOCUMENT.name} has lost the marks between which the table goes")
-    DOCUMENT.write_text(f"{head}{begin}{text}{end}{tail}")
-
-
 def expect(true: bool, otherwise: str) -> None:
     """End the benchmark, with one line, where it would measure something else than it says."""
     if not true:
@@ -478,7 +471,7 @@ def main() -> None:
     else:
         print(text, end="")
     if options.write:
-        put(text)
+        tables.put("hooks", text)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shutil
 import statistics
 import sys
@@ -22,7 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from hooks import DOCUMENT, NODE, slurmd  # noqa: E402
+import tables  # noqa: E402
+from hooks import NODE, slurmd  # noqa: E402
 from rms_cluster import RmsCluster, rms_cluster  # noqa: E402
 
 from rms import config as configuration  # noqa: E402
@@ -114,10 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shutil.rmtree(root, ignore_errors=True)
     print(text)
     if options.write:
-        marks = re.compile(
-            r"(<!-- publishing: written by make bench-slurm -->\n).*?(<!-- end of publishing -->)", re.DOTALL
-        )
-        DOCUMENT.write_text(marks.sub(lambda m: m[1] + text + m[2], DOCUMENT.read_text()))
+        tables.put("publishing", text)
     return 0
 
 

@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import random
-import re
 import shutil
 import sys
 import tempfile
@@ -30,11 +29,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import slurm_modes  # noqa: E402
+import tables  # noqa: E402
 from rms_cluster import RmsCluster, rms_cluster  # noqa: E402
 
 from slurm import publish, site  # noqa: E402
 
-DOCUMENT = ROOT / "docs/benchmarks.md"
 MODEL, GPUS = "A100-80GB", 2
 REAL = 4
 """How many nodes have a slurmd, and jobs. On each a 7g and a 1g run all the time: no 7g fits, six 1g do."""
@@ -268,8 +267,7 @@ def main() -> int:
     text = HEAD + "".join(f"{line(row)}\n" for row in rows) + KINDS + "".join(map(kinds, rows))
     print(text)
     if options.write:
-        marks = re.compile(r"(<!-- load: written by make bench-load -->\n).*?(<!-- end of load -->)", re.DOTALL)
-        DOCUMENT.write_text(marks.sub(lambda m: m[1] + text + m[2], DOCUMENT.read_text()))
+        tables.put("load", text)
     return 0
 
 

@@ -37,13 +37,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import records  # noqa: E402
+import tables  # noqa: E402
 from rms_cluster import rms_cluster  # noqa: E402
 from throwaway import PATH, SCHEDULER, Cluster  # noqa: E402
 
 import controller  # noqa: E402
 from rms import geometry, planner  # noqa: E402
 
-DOCUMENT = ROOT / "docs/benchmarks.md"
 MODEL = "A100-80GB"
 SHARDS = {"1g": 13, "2g": 26, "3g": 48, "4g": 52, "7g": 100}
 """The profiles of the mix, and how many of the 100 shards of a GPU each is worth: together they are more than 100
@@ -575,9 +575,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = table(runs, options, before)
     print(text)
     if options.write:
-        name = f"modes {options.nodes}x{options.gpus}"
-        marks = re.compile(rf"(<!-- {name}: written by make [\w-]+ -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
-        DOCUMENT.write_text(marks.sub(lambda m: m[1] + text + m[2], DOCUMENT.read_text()))
+        tables.put(f"modes {options.nodes}x{options.gpus}", text)
     return 0
 
 

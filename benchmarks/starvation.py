@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import statistics
 import sys
 import tempfile
@@ -22,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import starvation  # noqa: E402
+import tables  # noqa: E402
 
-DOCUMENT = ROOT / "docs/benchmarks.md"
 MODES = {"sums": ("sums", False), "features": ("features", False), "features, `rms watch`": ("features", True)}
 FIRST = 7
 """The first seed."""
@@ -73,10 +72,7 @@ def main() -> None:
     text = "".join(f"{line}\n" for line in lines)
     print(text)
     if options.write:
-        marks = re.compile(
-            r"(<!-- starvation: written by make bench-slurm -->\n).*?(<!-- end of starvation -->)", re.DOTALL
-        )
-        DOCUMENT.write_text(marks.sub(lambda m: m[1] + text + m[2], DOCUMENT.read_text()))
+        tables.put("starvation", text)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.timed
-
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import tables  # noqa: E402
+
+pytestmark = pytest.mark.timed
 SLACK = 2.0
 """What counts is the fastest of five starts by the fastest of the reference: this often the aim is no noise."""
 
@@ -66,7 +69,18 @@ def test_how_often_a_hook_waits_for_the_disk(measured: dict[str, Any]) -> None:
         assert count == (4 if changes else 0), f"{name}, {medium}: the intent and the outcome, file and directory each"
 
 
-def test_the_document_has_room_for_the_table() -> None:
-    text = (ROOT / "docs/benchmarks.md").read_text()
-    begin, end = text.index("<!-- hooks: written by make bench -->\n"), text.index("<!-- end of hooks -->\n")
-    assert begin < end
+def test_the_document_has_room_for_the_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text = tables.DOCUMENT.read_text()
+    copy = tmp_path / "benchmarks.md"
+    copy.write_text(text)
+    monkeypatch.setattr(tables, "DOCUMENT", copy)
+    names = ["hooks", "modes 2x2", "modes 8x8", "load", "publishing", "starvation"]
+    for name in names:
+        tables.put(name, f"{name}, measured again\n")
+    assert copy.read_text().count("measured again") == len(names) == text.count(": written by make ")
+    for name in names:
+        before = text.partition(f"<!-- {name}: ")[2].partition("\n")[2].partition(f"<!-- end of {name} -->")[0]
+        tables.put(name, before)
+    assert copy.read_text() == text
+    with pytest.raises(SystemExit, match=r"benchmarks\.md has not the marks of 'modes 3x1' once"):
+        tables.put("modes 3x1", "")
