@@ -10,7 +10,7 @@ import os
 import time
 from contextlib import suppress
 
-from rms import grant
+from rms import fence, grant
 from slurm.slurmctld import HOOKS_SECONDS, Job, Slurmctld
 
 LOOK_AGAIN_SECONDS = 5.0
@@ -37,11 +37,11 @@ def _candidates(slurmctld: Slurmctld, node: str, run_dir: str) -> list[Job]:
 
 
 def _at_work(job: int) -> bool:
-    """Whether any process was started for a job: the site may have more Prologs than ours."""
+    """Whether root has any process for a job: the site may have more Prologs than ours. A user's own says nothing."""
     wanted = f"SLURM_JOB_ID={job}".encode()
-    for pid in filter(str.isdecimal, os.listdir("/proc")):
+    for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
         with suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
-            if wanted in file.read().split(b"\0"):
+            if wanted in file.read().split(b"\0") and fence.roots(pid):
                 return True
     return False
 

@@ -13,13 +13,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from conftest import Node, open_gpus, run
+from conftest import Node, needs_root, open_gpus, run
 from test_crash import killed_in
 
 from rms import cli, grant, hardware, inventory
 from rms.device import Nvml
 from rms.errors import ClosedRunError, NodeError, NoRoomError
 from rms.inventory import Run
+from slurm import stuck
+from slurm.slurmctld import Job, Slurmctld
 
 BACKENDS = ["simulated", "nvml"]
 
@@ -622,3 +624,19 @@ def test_a_run_that_has_lost_half_of_what_it_had_robs_nobody_when_the_state_is_l
     held = {a.run.job: [i.uuid for _, i in state.held(a)] for a in state.allocations}
     assert held == {1: [two.uuid], 2: [three.uuid]}
     node.check_empties()
+
+
+@needs_root
+def test_a_user_can_not_keep_a_stuck_job_from_going_back(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anybody may give a process of their own the job's number; a Prolog is root's."""
+    node.acquire(1, "1g")
+    monkeypatch.setattr(stuck, "LOOK_AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(Slurmctld, "in_prolog", lambda self, name: [Job(1, "1", True, True)])
+    found = []
+    for user in (0, 65534):
+        with subprocess.Popen(
+            ["sleep", "60"], env={"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "1"}, user=user
+        ) as process:
+            found.append([job.id for job in stuck.stuck(Slurmctld(""), "n1", node.config.run_dir)])
+            process.kill()
+    assert found == [[], [1]]
