@@ -671,7 +671,7 @@ class Lock:
         self._sign = on_acquired
         self._descriptor = -1
 
-    def acquire(self) -> None:
+    def acquire(self, **_: Any) -> None:
         self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._descriptor, fcntl.LOCK_EX)
         if self._sign:
