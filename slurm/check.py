@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from rms import inventory
 from rms.config import Config
-from rms.geometry import Geometry
+from rms.inventory import State
 from slurm import publish, site
 from slurm.slurmctld import Slurmctld, SlurmError
 
@@ -20,8 +19,8 @@ UNFIT = {
 """What must not be among PrologFlags, and why."""
 
 
-def examine(config: Config, slurm_conf: str, node: str, state: inventory.State | None) -> list[str]:
-    """What is wrong, a line each. `state` tells which names the node publishes; without one they are not compared."""
+def examine(config: Config, slurm_conf: str, node: str, state: State) -> list[str]:
+    """What is wrong, a line each. `state` tells which names the node publishes; an empty one compares none."""
     ask = Slurmctld(slurm_conf).show
     try:
         settings = _settings(ask("config"))
@@ -35,9 +34,8 @@ def examine(config: Config, slurm_conf: str, node: str, state: inventory.State |
         except SlurmError:
             never = {}
     names = None
-    if state and state.gpus:
-        known: Geometry = state.geometries[state.gpus[0].model]
-        names = publish.names(known, len(state.gpus))
+    if state.gpus:
+        names = publish.names(state.geometries[state.gpus[0].model], len(state.gpus))
     return list(problems(config.admission, settings, record, never, names))
 
 
@@ -65,8 +63,7 @@ def problems(
     yield from (f"slurm.conf: no {hook}" for hook in site.HOOKS if settings.get(hook, "(null)") in ("", "(null)"))
     if admission == "extra" and "extra_constraints" not in _words(settings.get("SchedulerParameters", "")):
         yield "slurm.conf: SchedulerParameters lacks extra_constraints: no job would wait for room"
-    gres = _gres(node)
-    there = dict(map(_split, gres))
+    there = _gres(node)
     if lacking := types - {kind.split(":")[0] for kind in there}:
         yield f"slurm.conf: this node's Gres lacks {' '.join(sorted(lacking))}"
     elif admission != "sums" and (lacking := {*publish.SHARES} - {*there}):  # lines of an older RMS
@@ -91,10 +88,10 @@ def _sentinel(node: Mapping[str, str], never: Mapping[str, str], names: Sequence
     for key in ("CPUTot", "RealMemory"):
         if int(never.get(key, 0)) < int(node.get(key, 0)):
             yield f"{called} has {key}={never.get(key)}, this node {node[key]}: it must have as much"
-    there = dict(_split(item) for item in _gres(never))
+    there = _gres(never)
     if lacking := [kind for kind in publish.SHARES if kind not in there]:
         yield f"{called} lacks gres {' '.join(lacking)}"
-    for kind, count in map(_split, _gres(node)):
+    for kind, count in _gres(node).items():
         if not kind.startswith(publish.TOKEN) and there.get(kind, 0) < count:
             yield f"{called} has {there.get(kind, 0)} of gres {kind}, this node {count}: it must have as much"
 
@@ -115,10 +112,5 @@ def _words(text: str) -> list[str]:
     return [word for word in text.split(",") if word and word != "(null)"]
 
 
-def _gres(node: Mapping[str, str]) -> list[str]:
-    return [re.sub(r"\(.*\)$", "", item) for item in re.findall(r"(?:\([^)]*\)|[^,])+", node.get("Gres", ""))]
-
-
-def _split(item: str) -> tuple[str, int]:
-    match = re.fullmatch(r"(.*):(\d+)(K?)", item)  # 1024 is shown as 1K
-    return (match[1], int(match[2]) * (1024 if match[3] else 1)) if match else (item, 1)
+def _gres(node: Mapping[str, str]) -> dict[str, int]:
+    return dict(map(publish.gres_count, publish.gres_items(node.get("Gres", ""))))

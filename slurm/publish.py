@@ -288,9 +288,9 @@ def changes(record: Record, said: Offer, admission: str) -> list[str]:
 
     Whatever is not ours stays as it is. Raises NodeError where the node lacks the token.
     """
-    items = _plain(record.gres)
-    gres = _split(items, said)
-    wanted = [f"Gres={','.join(gres)}"] if gres != items else []
+    present = gres_items(record.gres)
+    gres = _split(present, said)
+    wanted = [f"Gres={','.join(gres)}"] if gres != present else []
     if admission == "features":
         available, active = (",".join([*_others(f), *said.names]) for f in (record.available, record.active))
         if (available, active) != (record.available, record.active):
@@ -304,15 +304,20 @@ def _others(features: str) -> list[str]:
     return [feature for feature in features.split(",") if feature and not feature.startswith(PREFIX)]
 
 
-def _plain(gres: str) -> list[str]:
+def gres_items(gres: str) -> list[str]:
     """The items of a gres string without sockets, as in gpu:2(S:0-1): slurmd found them out, slurm.conf has none."""
     return [re.sub(r"\(.*\)$", "", item) for item in re.findall(r"(?:\([^)]*\)|[^,])+", gres)]
 
 
+def gres_count(item: str) -> tuple[str, int]:
+    """What an item is of, and how many: 1024 are shown as 1K, and one without a number is one."""
+    match = re.fullmatch(r"(.*):(\d+)(K?)", item)
+    return (match[1], int(match[2]) * (1024 if match[3] else 1)) if match else (item, 1)
+
+
 def _split(items: Sequence[str], said: Offer) -> list[str]:
     """The items of a gres string with the token's constant total split anew."""
-    found = [m for m in (re.fullmatch(rf"({TOKEN}:\w+):(\d+)(K?)", item) for item in items) if m]
-    shares = {m[1]: int(m[2]) * (1024 if m[3] else 1) for m in found}  # 1024 is shown as 1K
+    shares = {kind: count for kind, count in map(gres_count, items) if kind.startswith(f"{TOKEN}:")}
     if set(shares) != set(SHARES):
         raise NodeError(f"this node has no gres {TOKEN} in slurm.conf: take the lines of `rms slurm-config`")
     total = sum(shares.values())
