@@ -13,7 +13,7 @@ import numpy as np
 
 from policy.simulator import Node
 from policy.transitions import Transitions
-from policy.workload import Floats, Jobs, sizes
+from policy.workload import Floats, Jobs, first_rows, sizes
 from rms.errors import RequestError
 from rms.geometry import Counts, undominated
 
@@ -69,7 +69,7 @@ def fewest_gpus(moves: Transitions, jobs: Jobs) -> float:
 
 def requests(jobs: Jobs, profiles: int) -> tuple[list[int], list[Counts]]:
     """The first row of each job, and how many instances of each profile it asks for."""
-    heads = np.flatnonzero(np.concatenate([[True], jobs.rest[:-1] == 0])).tolist() if len(jobs.rest) else []
+    heads = np.flatnonzero(first_rows(jobs)).tolist()
     units = [tuple(int(i == p) for i in range(profiles)) for p in range(profiles)]
     asked = []
     for head in heads:

@@ -18,7 +18,6 @@ from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 import rms
 from policy import audits, evaluate, model, rules, seeds, transitions, workload
@@ -26,9 +25,9 @@ from policy.audits import Logs
 from policy.model import Model, ModelError, Times
 from policy.shelf import Shelf
 from policy.simulator import Node, simulate
-from policy.study import DEPTH, first_rows
+from policy.study import DEPTH
 from policy.transitions import Transitions
-from policy.workload import Floats, Ints, Jobs
+from policy.workload import Bools, Floats, Ints, Jobs
 from rms import geometry
 from rms.errors import RequestError
 from rms.geometry import Geometry
@@ -68,7 +67,6 @@ REPLAYS = 8
 JITTER = 0.05
 """Mean durations by which jobs may come later in a replay."""
 
-Bools = npt.NDArray[np.bool_]
 Progress = Callable[[str, float], None]
 
 
@@ -196,7 +194,7 @@ def stream(logs: Logs, shelf: Shelf) -> Log:
         np.array([job.limit for job, _, _ in rows]),
         np.array([rest for _, _, rest in rows], dtype=np.int64),
     )
-    heads = np.flatnonzero(first_rows(jobs))
+    heads = np.flatnonzero(workload.first_rows(jobs))
     users = np.array([job.uid for job, _, _ in rows])[heads]
     return Log(alike(shelf.geometry), names, logs.gpus, jobs, heads, users, logs.jobs[0].submit)
 

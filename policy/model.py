@@ -41,7 +41,7 @@ SAME = 1.0
 GUESSES = 3
 """How many guesses of the remaining times a score is the mean of."""
 GOLDEN = 0.6180339887498949
-"""Spreads the quantiles of placements evenly (`policy.simulator` has the same)."""
+"""Spreads the quantiles of placements evenly, here and in `policy.simulator`."""
 FEW = 16
 """On nodes of more GPUs, slices that are stranded count (`stranded`)."""
 TELLING = 8

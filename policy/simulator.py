@@ -12,11 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from policy.jit import compiled, inlined
+from policy.model import GOLDEN
 from policy.rules import LEAST, Array, Rule, Tables
 from policy.workload import Jobs
-
-GOLDEN = 0.6180339887498949
-"""Spreads the quantiles of placements evenly (`policy.model` has the same)."""
 
 NONE = np.zeros(0, dtype=np.int64)
 """No further profiles."""

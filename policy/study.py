@@ -154,7 +154,7 @@ def recorded(moves: Transitions, wanted: Wanted, pool: Node, progress: Progress)
     load = offered / (moves.geometry.slots * pool.gpus * max(float(jobs.submit[-1]), unit))
     shares = np.bincount(jobs.profile, minlength=len(moves.profiles)) / len(jobs.profile)
     scaled = jobs._replace(submit=jobs.submit / unit, duration=jobs.duration / unit, limit=jobs.limit / unit)
-    title = f"{os.path.basename(wanted.trace or '')}, load {load:.2f}, {int(first_rows(jobs).sum()):,} jobs"
+    title = f"{os.path.basename(wanted.trace or '')}, load {load:.2f}, {int(workload.first_rows(jobs).sum()):,} jobs"
     return Scenario(title, moves, pool, wanted.mode, scaled, shares, load, unit, 0, dict(trace.left_out))
 
 
@@ -198,7 +198,7 @@ def run(scenario: Scenario, policy: str, progress: Progress) -> Result:
 def measured(s: Scenario, policy: str, starts: Floats, created: Any, w: simulator.World | None) -> Result:
     """The numbers of a run."""
     jobs = s.jobs
-    counted = np.flatnonzero(first_rows(jobs))[s.warm :]
+    counted = np.flatnonzero(workload.first_rows(jobs))[s.warm :]
     began = ~np.isnan(starts)
     memory = workload.sizes(s.moves)[jobs.profile]
     ends = starts[began] + jobs.duration[began]
@@ -208,17 +208,12 @@ def measured(s: Scenario, policy: str, starts: Floats, created: Any, w: simulato
         policy,
         (starts - jobs.submit)[counted] * (s.unit or 1.0),
         began[counted],
-        None if created is None else float(created[began].sum() / began[first_rows(jobs)].sum()),
+        None if created is None else float(created[began].sum() / began[workload.first_rows(jobs)].sum()),
         float(w.clock[simulator.GPU_TIME] / ends.max()) if elastic and w else None,
         int(w.tally[simulator.PEAK]) if elastic and w else None,
         busy(starts[began], ends, memory[began], until),
         busy(*in_use(starts[began], ends, w.gpu[began]), until) if elastic and w else None,
     )
-
-
-def first_rows(jobs: Jobs) -> Any:
-    """Which rows are the first of a job."""
-    return np.concatenate([[True], jobs.rest[:-1] == 0])
 
 
 def busy(starts: Floats, ends: Floats, memory: Floats, until: float) -> Floats:
@@ -260,20 +255,19 @@ def against(s: Scenario, result: Result, first: Result) -> tuple[float, float]:
     else:
         gain = 100 * (result.waits - first.waits) / max(float(first.waits.mean()), 1e-12)
     blocks = np.array([block.mean() for block in np.array_split(gain, BLOCKS) if len(block)])
-    return float(gain.mean()), float(STUDENT * blocks.std(ddof=1) / np.sqrt(BLOCKS)) if len(
-        blocks
-    ) == BLOCKS else np.nan
+    half = float(STUDENT * blocks.std(ddof=1) / np.sqrt(BLOCKS)) if len(blocks) == BLOCKS else np.nan
+    return float(gain.mean()), half
 
 
 def weights(s: Scenario) -> Floats:
     """The memory slices of each counted job, all its instances together."""
-    heads = np.flatnonzero(first_rows(s.jobs))
+    heads = np.flatnonzero(workload.first_rows(s.jobs))
     return np.asarray(np.add.reduceat(workload.sizes(s.moves)[s.jobs.profile], heads)[s.warm :])
 
 
 def numbers(s: Scenario, results: list[Result]) -> dict[str, Any]:
     """All of it as one JSON object; waits in seconds, or in mean durations where the jobs are made up."""
-    profiles = s.jobs.profile[np.flatnonzero(first_rows(s.jobs))[s.warm :]]
+    profiles = s.jobs.profile[np.flatnonzero(workload.first_rows(s.jobs))[s.warm :]]
     memory = weights(s)
     rows = []
     for result in results:

@@ -11,6 +11,7 @@ from policy.transitions import Transitions
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 
 MIXES = {
     "uniform": (1 / 6, 1 / 6, 1 / 6, 1 / 6, 1 / 6, 1 / 6),
@@ -41,6 +42,11 @@ class Jobs(NamedTuple):
     duration: Floats
     limit: Floats
     rest: Ints
+
+
+def first_rows(jobs: Jobs) -> Bools:
+    """Which rows are the first of a job."""
+    return np.concatenate([[True], jobs.rest[:-1] == 0])[: len(jobs.rest)]
 
 
 def mix(name: str, transitions: Transitions) -> Floats:

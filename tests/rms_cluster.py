@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import records
 from throwaway import SCHEDULER, Cluster
 
 from slurm import site
@@ -114,5 +114,4 @@ def waiting_prologs(slurm: Cluster) -> Iterator[Callable[[], None]]:
 
 def journal(root: Path, node: str) -> list[dict[str, Any]]:
     """Every operation that was tried on a node's simulated GPUs, in order."""
-    path = root / node / "gpus.json.journal"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return records.journal(root / node / "gpus.json.journal")
