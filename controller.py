@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 from rms import config as configuration
@@ -41,6 +42,9 @@ PAUSE_SECONDS = 0.1
 """Between two instances that are made ahead of time: who waits for a GPU's lock looks for it more often than that."""
 LONG_SECONDS = 0.1
 """A look at a GPU that took longer is a look for all processes that have waited for it."""
+BUSY_SECONDS = 0.5
+"""How long a release waits to mend a GPU on which another process is at work: it may be making one instance after the
+other there, and until an Epilog is over Slurm starts nothing on the node."""
 TRIES = 2
 """How often one call tries the hardware of a GPU that fails before it leaves that GPU out."""
 
@@ -325,7 +329,7 @@ class Controller:
     def _release(self, run: Run) -> None:
         self.audit.write("release", run=run)
         while True:
-            with self._open("release") as state:
+            with self._open("release", waits=False) as state:
                 state.close(run, time.time())
                 # The grant goes first: one left by a release that died would give a recovery an owner who is gone.
                 self._forget(run, grant.end)
@@ -438,10 +442,11 @@ class Controller:
     # Before a decision: the inventory must be known, and true.
 
     @contextmanager
-    def _open(self, what: str, everything: bool = False) -> Iterator[State]:
+    def _open(self, what: str, everything: bool = False, waits: bool = True) -> Iterator[State]:
         """The state with its lock held, after whatever others have left undone has been mended.
 
-        With `everything` all GPUs are compared with their records first, also what is not due yet.
+        With `everything` all GPUs are compared with their records first, also what is not due yet. Without `waits` none
+        is on which another process is at work, unless a dead one has left something there: right for who plans nothing.
         """
         mended = named = False
         while True:
@@ -463,7 +468,7 @@ class Controller:
                 with suppress(NodeError):  # it still does not tell, and no other GPU does just now
                     self._discover()
             else:
-                self._mend(claim, everything)
+                self._mend(claim, everything, waits)
                 mended = True
 
     def _stale(self, state: State) -> bool:
@@ -487,18 +492,19 @@ class Controller:
             reconcile.discover(state, self._boot_id, self.config.gpus, found, time.time())
             self._store.save(state)
 
-    def _mend(self, claim: Claim, everything: bool) -> None:
+    def _mend(self, claim: Claim, everything: bool, waits: bool) -> None:
         """Compare GPUs with their records: what dead processes left, what is in doubt, what is quarantined."""
         since = time.monotonic()
         for gpu in claim.gpus:
             with suppress(NeedlessError):
-                self._compare(gpu, claim, everything, since)
+                self._compare(gpu, claim, everything, since, inf if waits else time.monotonic() + BUSY_SECONDS)
         if claim.intents:
             self._report(f"took over {len(claim.intents)} unfinished change(s) of processes that are gone")
 
-    def _compare(self, gpu: str, claim: Claim, everything: bool, since: float) -> None:
+    def _compare(self, gpu: str, claim: Claim, everything: bool, since: float, until: float) -> None:
         """Compare one GPU of a claim. Not where another process has mended it while we waited for its lock, nor where
-        one has had a long look at it that began after `since` (time.monotonic). Raises NeedlessError."""
+        one has had a long look at it that began after `since`; nor where its lock is not to be had by `until`
+        (time.monotonic), unless what is to be mended is ours to do. Raises NeedlessError."""
         from rms import reconcile
 
         def needless() -> bool:
@@ -506,8 +512,10 @@ class Controller:
             if known is None:
                 return True  # taken out of the configuration
             theirs = any(i.intent in claim.intents for i in known.instances)
-            seen = known.looked > since and not known.doubt and not theirs
-            return seen or not inventory.to_mend(known, claim.intents, time.time(), everything)
+            seen = known.looked > since and not known.doubt
+            if (seen or time.monotonic() > until) and not theirs:
+                return True
+            return not inventory.to_mend(known, claim.intents, time.time(), everything)
 
         with self._store.hardware([gpu], "mend", needless):
             survey: Survey | str

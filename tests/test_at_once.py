@@ -230,3 +230,19 @@ def test_who_waits_to_mend_a_gpu_goes_on_once_another_one_has_mended_it(node: No
         doubt("")
         assert ended([waiting]) == {0: 1}
     node.check_empties()
+
+
+def test_an_end_does_not_wait_for_who_is_at_work_where_something_is_held(node: Node) -> None:
+    """A user's process that outlives its job would delay each Epilog of the node by what others make on that GPU."""
+    (held,) = node.acquire(1, "7g")
+    node.acquire(2, "7g")
+    with subprocess.Popen(["sleep", "60"]) as process:
+        node.device().hold(held.uuid, process.pid)
+        node.release(1)
+        with Store(node.config.state_dir, time.monotonic() + 20).hardware([held.gpu], "test"):
+            assert ended([started(lambda: node.release(2))]) == {0: 1}
+        assert {i.trouble for gpu in node.state().gpus for i in gpu.instances} == {"held", ""}
+        process.kill()
+    node.release(3)  # of whatever run
+    assert {*node.statuses().values()} == {"idle"}
+    node.check_empties()
