@@ -115,7 +115,9 @@ def simulate(options: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         if error.name not in ("numpy", "numba"):
             raise
-        raise RmsError(f"rms simulate needs {error.name}, which is not installed: pip install numpy numba") from None
+        raise RmsError(
+            f"rms simulate needs {error.name}, which is not installed: {sys.prefix}/bin/pip install numpy numba"
+        ) from None
     with _progress() as progress:
         found = study.simulate(
             study.Wanted(
@@ -161,7 +163,9 @@ def train(options: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         if error.name not in ("numpy", "numba", "torch"):
             raise
-        raise RmsError(f"rms train needs {error.name}, which is not installed: pip install 'rms-mig[train]'") from None
+        raise RmsError(
+            f"rms train needs {error.name}, which is not installed: {sys.prefix}/bin/pip install torch numpy numba"
+        ) from None
     with _progress() as progress:
         training.run(options.config, options.seed, options.out, options.folder, options.device, progress)
     print(f"{options.out}: {os.path.getsize(options.out)} bytes")
@@ -233,7 +237,10 @@ def policy_explain(options: argparse.Namespace) -> int:
     settings = config.load(options.config, options.node)
     match = re.fullmatch(r"([0-9]{1,15})(?:\.([0-9]{1,15}))?", options.job)
     if match is None:
-        raise RequestError(f"{printable(options.job)} is no job; write 4711, or 4711.1 for its second run")
+        raise RequestError(
+            f"{printable(options.job)} is no job; write 4711, or 4711.1 for its second run, "
+            "and of an array's task the JobId that `scontrol show job` has for it"
+        )
     restart = int(match[2]) if match[2] else None
     entry = audits.decision(options.logs or [settings.audit_log], int(match[1]), restart)
     if entry is None:
@@ -303,7 +310,9 @@ def learn(options: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         if error.name not in ("numpy", "numba"):
             raise
-        raise RmsError(f"rms learn needs {error.name}, which is not installed: pip install numpy numba") from None
+        raise RmsError(
+            f"rms learn needs {error.name}, which is not installed: {sys.prefix}/bin/pip install numpy numba"
+        ) from None
     settings = config.load(options.config, options.node)
     shelf = _shelf(settings)
     before = shelf.in_use()

@@ -5,6 +5,7 @@ Each function does one step and says how it ended; none of them knows the state 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -48,7 +49,9 @@ def open_device(config: Config, boot_id: str) -> Device:
     except (DeviceError, RequestError) as error:
         raise NodeError(f"cannot open the GPUs: {error}") from error
     except ImportError as error:
-        raise NodeError(f"real GPUs need nvidia-ml-py beside RMS, pip install 'rms-mig[nvml]': {error}") from error
+        raise NodeError(
+            f"real GPUs need nvidia-ml-py beside RMS, {sys.prefix}/bin/pip install nvidia-ml-py: {error}"
+        ) from error
 
 
 class _TakenError(DeviceError):

@@ -152,7 +152,7 @@ class Store:
         except (ValueError, KeyError, TypeError) as error:
             fault = f"is damaged ({error})"
         except OSError as error:
-            raise NodeError(f"cannot read {self.path}: {error.strerror}") from error
+            raise NodeError(f"cannot read {self.path}: {error.strerror}{_who()}") from error
         try:
             raise Damaged(f"{self.path} {fault}; its previous generation is used", _read(f"{self.path}.previous")[0])
         except (OSError, ValueError, KeyError, TypeError):
@@ -168,6 +168,7 @@ class Store:
         if not self._checked:
             raise NodeError(
                 f"cannot use the state directory {self._directory}: it must be root's own, for nobody else to write"
+                + _who()
             )
 
     @contextmanager
@@ -208,6 +209,11 @@ class Store:
             yield
         finally:
             lock.release()
+
+
+def _who() -> str:
+    """What to do where somebody else than root meets what is root's own."""
+    return f" (this is uid {os.geteuid()}: run it as root)" if os.geteuid() else ""
 
 
 def _read(path: str) -> tuple[State, str]:

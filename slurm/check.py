@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -20,7 +22,7 @@ UNFIT = {
 
 
 def examine(config: Config, slurm_conf: str, node: str, state: State) -> list[str]:
-    """What is wrong, a line each. `state` tells which names the node publishes; an empty one compares none."""
+    """What is wrong, a line each. `state` tells the GPUs that the node has; an empty one compares none."""
     ask = Slurmctld(slurm_conf).show
     try:
         settings = _settings(ask("config"))
@@ -33,10 +35,12 @@ def examine(config: Config, slurm_conf: str, node: str, state: State) -> list[st
             never = _record(ask("node", site.SENTINEL, future=True))
         except SlurmError:
             never = {}
-    names = None
+    kind = None
     if state.gpus:
-        names = publish.names(state.geometries[state.gpus[0].model], len(state.gpus))
-    return list(problems(config.admission, settings, record, never, names))
+        known = state.geometries[state.gpus[0].model]
+        kind = site.Kind(known, len(state.gpus), node, known.profiles)
+    found = problems(config.admission, settings, record, never, kind)
+    return [*found, *_files(config.admission, settings, os.path.dirname(slurm_conf))]
 
 
 def problems(
@@ -44,9 +48,10 @@ def problems(
     settings: Mapping[str, str],
     node: Mapping[str, str],
     never: Mapping[str, str] | None,
-    names: Sequence[str] | None,
+    kind: site.Kind | None,
 ) -> Iterator[str]:
-    """The same of what slurmctld has shown: its configuration, the node, and the one that is never there. Pure."""
+    """The same of what slurmctld has shown: its configuration, the node, and the one that is never there; `kind` is
+    what the node has. Pure."""
     version = tuple(int(part) for part in re.findall(r"\d+", settings.get("SLURM_VERSION", ""))[:2])
     if version < site.NEEDED[admission]:
         yield 'admission = "{}" needs Slurm {}.{:02} or newer, this is {}'.format(
@@ -68,20 +73,33 @@ def problems(
         yield f"slurm.conf: this node's Gres lacks {' '.join(sorted(lacking))}"
     elif admission != "sums" and (lacking := {*publish.SHARES} - {*there}):  # lines of an older RMS
         yield f"slurm.conf: this node's Gres lacks {' '.join(sorted(lacking))}: take the lines of `rms slurm-config`"
+    elif admission == "sums" and f"{publish.TOKEN}:open" in there:
+        yield (
+            f'slurm.conf: this node\'s Gres has {publish.TOKEN}, which is not for admission = "sums": '
+            "rms.toml, slurm.conf and the lua must be for the same mode"
+        )
+    if kind:
+        has = publish.gres_counts(site.gres(kind, "sums"))
+        for slices in ("migc", "migm"):
+            if there.get(slices, has[slices]) != has[slices]:
+                yield (
+                    f"slurm.conf: this node's Gres has {slices}:{there[slices]}, its GPUs ({kind.gpus} x "
+                    f"{kind.known.model}) have {has[slices]}: take the lines of `rms slurm-config`"
+                )
     if never is not None:
-        yield from _sentinel(node, never, names)
+        yield from _sentinel(node, never, publish.names(kind.known, kind.gpus) if kind else ())
     if admission != "sums" and there.get(f"{publish.TOKEN}:open") == 1:  # as slurm.conf has it
         yield "slurmctld has forgotten what fits here, or was never told: rms publish, and rms-publish.timer"
 
 
-def _sentinel(node: Mapping[str, str], never: Mapping[str, str], names: Sequence[str] | None) -> Iterator[str]:
+def _sentinel(node: Mapping[str, str], never: Mapping[str, str], names: Sequence[str]) -> Iterator[str]:
     called = f"slurm.conf: node {site.SENTINEL}"
     if not never or "FUTURE" not in never.get("State", ""):
         yield f"{called} with State=FUTURE is missing: jobs that do not fit now would be refused"
         return
     features = set(_words(never.get("AvailableFeatures", "")))
     own = [f for f in _words(node.get("AvailableFeatures", "")) if not f.startswith(publish.PREFIX)]
-    if lacking := [name for name in (*own, *(names or ())) if name not in features]:
+    if lacking := [name for name in (*own, *names) if name not in features]:
         yield f"{called} lacks features: {' '.join(lacking[:5])}{' ...' if len(lacking) > 5 else ''}"
     if lacking := [p for p in _words(node.get("Partitions", "")) if p not in _words(never.get("Partitions", ""))]:
         yield f"{called} is not in partition {' '.join(lacking)}"
@@ -94,6 +112,25 @@ def _sentinel(node: Mapping[str, str], never: Mapping[str, str], names: Sequence
     for kind, count in _gres(node).items():
         if not kind.startswith(publish.TOKEN) and there.get(kind, 0) < count:
             yield f"{called} has {there.get(kind, 0)} of gres {kind}, this node {count}: it must have as much"
+
+
+def _files(admission: str, settings: Mapping[str, str], directory: str) -> Iterator[str]:
+    """What is wrong with the files on this machine: the hooks, and where slurmctld has its lua here, its table."""
+    for hook in site.HOOKS:
+        path = settings.get(hook, "")  # of several hooks, with a pattern in it
+        if os.path.isabs(path) and not any(os.access(found, os.X_OK) for found in glob.glob(path)):
+            yield f"slurm.conf: {hook} is {path}: no such program here; `rms slurm-config --write` makes it"
+    table = os.path.join(directory, "rms_table.lua")
+    try:
+        with open(table, encoding="utf-8", errors="replace") as file:
+            made = re.search(r'^ *admission = "(\w+)"', file.read(), re.MULTILINE)
+    except OSError:
+        return  # on most nodes
+    if made and made[1] != admission:
+        yield (
+            f'{table} is made for admission = "{made[1]}", rms.toml says "{admission}": '
+            "make it again with `rms slurm-config`"
+        )
 
 
 def _settings(shown: str) -> dict[str, str]:
@@ -113,4 +150,4 @@ def _words(text: str) -> list[str]:
 
 
 def _gres(node: Mapping[str, str]) -> dict[str, int]:
-    return dict(map(publish.gres_count, publish.gres_items(node.get("Gres", ""))))
+    return publish.gres_counts(node.get("Gres", ""))

@@ -306,13 +306,18 @@ def _others(features: str) -> list[str]:
 
 def gres_items(gres: str) -> list[str]:
     """The items of a gres string without sockets, as in gpu:2(S:0-1): slurmd found them out, slurm.conf has none."""
-    return [re.sub(r"\(.*\)$", "", item) for item in re.findall(r"(?:\([^)]*\)|[^,])+", gres)]
+    return [re.sub(r"\(.*\)$", "", item) for item in re.findall(r"(?:\([^)]*\)|[^,])+", gres) if item != "(null)"]
 
 
 def gres_count(item: str) -> tuple[str, int]:
     """What an item is of, and how many: 1024 are shown as 1K, and one without a number is one."""
     match = re.fullmatch(r"(.*):(\d+)(K?)", item)
     return (match[1], int(match[2]) * (1024 if match[3] else 1)) if match else (item, 1)
+
+
+def gres_counts(gres: str) -> dict[str, int]:
+    """How many there are of what in a gres string."""
+    return dict(map(gres_count, gres_items(gres)))
 
 
 def _split(items: Sequence[str], said: Offer) -> list[str]:

@@ -14,6 +14,7 @@ from slurm.check import problems
 
 KIND = site.kinds([("A100-80GB", 2, "n1")])[0]
 NAMES = publish.names(KIND.known, KIND.gpus)
+TOKEN = ",migt:job:7,migt:size:7,migt:open:322"
 BEST = "features"
 """On the newest Slurm."""
 MODES = ["features", "extra", "sums"]
@@ -32,7 +33,7 @@ NODE = {
     "AvailableFeatures": "ib,rms_1g.10gb_1",
     "ActiveFeatures": "ib,rms_1g.10gb_1",
     "Extra": '{"rms_1g.10gb_1":1}',
-    "Gres": f"gpu:a100:2(S:0-1),{site.gres(KIND, 'sums')},migt:job:7,migt:size:7,migt:open:322",
+    "Gres": f"gpu:a100:2(S:0-1),{site.gres(KIND, 'sums')}{TOKEN}",
     "Partitions": "main,long",
     "CPUTot": "64",
     "RealMemory": "1000",
@@ -53,7 +54,10 @@ NONE: Fields = {}
 
 def found(mode: str, settings: Fields = NONE, node: Fields = NONE, never: Fields = NONE) -> list[str]:
     changed = {**NEVER, **never} if mode == "features" else None
-    return list(problems(mode, {**SETTINGS, **settings}, {**NODE, **node}, changed, NAMES))
+    there = {**NODE, **node}
+    if mode == "sums" and not node:
+        there["Gres"] = there["Gres"].removesuffix(TOKEN)
+    return list(problems(mode, {**SETTINGS, **settings}, there, changed, KIND))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -99,6 +103,12 @@ def test_the_node() -> None:
         (old,) = found(mode, node={"Gres": f"{bare},migt:job:21,migt:size:147,migt:shut:168"})
         assert "lacks migt:open: take the lines" in old
         assert found(mode, node={"Gres": f"{bare},migt:job:7,migt:size:1K,migt:open:1K"}) == []
+    (other,) = found("sums", node={"Gres": NODE["Gres"]})
+    assert "must be for the same mode" in other
+    assert found("features", node={"Gres": "(null)"}) == ["slurm.conf: this node's Gres lacks mig migc migm migt"]
+    less = NODE["Gres"].replace("migm:16", "migm:8")
+    (fewer,) = found("features", node={"Gres": less})
+    assert "this node's Gres has migm:8, its GPUs (2 x A100-80GB) have 16" in fewer
     old = site.gres(KIND, "features").replace("migt:open:1", "migt:shut:168")
     assert found("features", never={"Gres": f"gpu:a100:4,{old}"}) == ["slurm.conf: node rmsfit lacks gres migt:open"]
 

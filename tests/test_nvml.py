@@ -433,7 +433,7 @@ def test_no_library_and_no_python_module(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(NodeError, match=r"no libnvidia-ml\.so\.1: install the driver"):
         hardware.open_device(Config((0,)), "boot")
     monkeypatch.setitem(sys.modules, "rms.nvml", None)
-    with pytest.raises(NodeError, match=r"pip install 'rms-mig\[nvml\]'"):
+    with pytest.raises(NodeError, match=r"pip install nvidia-ml-py"):
         hardware.open_device(Config((0,)), "boot")
 
 

@@ -542,7 +542,14 @@ def test_any_user_who_may_read_the_state_may_look(site: Path, capsys: pytest.Cap
         os.seteuid(65534)
         try:
             out, err = rms(capsys, "show", "--config", str(settings), code=NodeError.code)
-            assert (out, err) == ("", f"rms: cannot read {path}: Permission denied\n")
+            assert (out, err) == (
+                "",
+                f"rms: cannot read {path}: Permission denied (this is uid 65534: run it as root)\n",
+            )
+            assert (
+                "own, for nobody else to write (this is uid 65534: run it as root)"
+                in rms(capsys, "reconcile", "--config", str(settings), code=NodeError.code)[1]
+            )
             os.seteuid(0)
             path.chmod(0o644)
             os.seteuid(65534)

@@ -95,7 +95,18 @@ def test_doctor_finds_slurm_as_it_must_be(slurm: RmsCluster) -> None:
     finally:
         config.write_text(kept)
     assert done.returncode == 6
-    assert any("extra_constraints" in text for text in json.loads(done.stdout)["slurm"])
+    said = json.loads(done.stdout)["slurm"]
+    assert any("extra_constraints" in text for text in said)
+    assert any('rms_table.lua is made for admission = "features", rms.toml says "extra"' in text for text in said)
+    hook = slurm.etc / "task_prolog"
+    hook.chmod(0o644)
+    try:
+        done = slurm.run(*doctor, check=False)
+    finally:
+        hook.chmod(0o755)
+    assert done.returncode == 6
+    (said,) = json.loads(done.stdout)["slurm"]
+    assert f"TaskProlog is {hook}: no such program here" in said
 
 
 def test_small_jobs_start_together_where_all_of_them_fit(slurm: RmsCluster) -> None:
