@@ -199,12 +199,13 @@ def recover(
     """Rebuild the inventory from an older state (or none), the hardware, and the grants that jobs were given.
 
     The grants decide who has what: they are written after the state and removed with it, so what the older state says
-    of a run without one is out of date. Of a GPU that does not answer the older state is believed. Returns lines for
-    the administrator.
+    of a run without one is out of date, and what it was about to make for a run with one was made. Of a GPU that does
+    not answer the older state is believed. Returns lines for the administrator.
     """
     surveys = known_as(state, boot_id, managed, surveys)
     found = {gpu: survey if isinstance(survey, str) else survey.geometry for gpu, survey in surveys.items()}
     discover(state, boot_id, managed, found, now)
+    _came_to_be(state, surveys, grants)
     in_flight = {intent.run for intent in state.intents}
     state.allocations = [
         a
@@ -221,6 +222,27 @@ def recover(
     ]
     _entitle(state, grants, now)
     return lines
+
+
+def _came_to_be(state: State, surveys: Mapping[str, Survey | str], grants: Grants) -> None:
+    """Let the runs own what they were about to get, and what a grant says that they got. If an instance has vanished
+    since, nothing else knows its place, which stays theirs."""
+    shown = {i.uuid: i for survey in surveys.values() if isinstance(survey, Survey) for i in survey.seen}
+    for intent in [intent for intent in state.intents if intent.kind == "acquire"]:
+        allocation, (run, _, _, uuids) = state.of_run(intent.run), grants.get(intent.run.job, (None, 0, "", ()))
+        if allocation is None or run != intent.run:
+            continue  # it was not granted yet
+        theirs = [instance for _, instance in state.held(allocation)]
+        shows = [shown.get(uuid) for uuid in uuids]
+        if len(theirs) != len(uuids) or any(
+            actual and actual.placement != instance.placement for actual, instance in zip(shows, theirs, strict=True)
+        ):
+            continue  # another attempt has come to be, of which this state is too old to know
+        for uuid, actual, instance in zip(uuids, shows, theirs, strict=True):
+            instance.status, instance.intent, instance.uuid = "busy", None, uuid
+            instance.gi, instance.ci = (actual.gi, actual.ci) if actual else (None, None)
+        allocation.granted = True
+        state.intents.remove(intent)
 
 
 def _entitle(state: State, grants: Grants, now: float) -> None:

@@ -626,6 +626,22 @@ def test_a_run_that_has_lost_half_of_what_it_had_robs_nobody_when_the_state_is_l
     node.check_empties()
 
 
+def test_a_run_keeps_its_place_if_its_instance_and_the_last_state_are_lost_at_once(node: Node) -> None:
+    """The state before that one has only the intent to make the instance; the grant says that it was made."""
+    node.configure(gpus=[0])
+    node.acquire(1, "3g,2g")
+    (node.root / "state" / "state.json").unlink()
+    node.vanish(0)
+    with pytest.raises(NoRoomError):
+        node.acquire(2, "7g")
+    node.acquire(3, "2g")
+    state = node.state()
+    (one,) = (a for a in state.allocations if a.run.job == 1)
+    assert [(i.placement.profile, i.trouble) for _, i in state.held(one)] == [("3g.40gb", "lost"), ("2g.20gb", "lost")]
+    node.release(1)
+    node.check_empties()
+
+
 @needs_root
 def test_a_user_can_not_keep_a_stuck_job_from_going_back(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     """Anybody may give a process of their own the job's number; a Prolog is root's."""
