@@ -110,7 +110,7 @@ class Life:
         self.over: set[int] = set()  # jobs that have ended
         self.gone: set[int] = set()  # GPUs that are lost
         self.unknown: set[int] = set()  # those of them of which nothing but grants is left
-        self.blank = False  # nothing but a grant may be left of some, as long as nobody has called
+        self.blank = False  # nothing but grants is left of any, as long as nobody has called
         self.strangers: set[tuple[int, int]] = set()  # GPU and GI id of what somebody left half-made
         self.holders: dict[tuple[str, str], subprocess.Popen[bytes]] = {}  # by GPU's and MIG UUID
         self.there: dict[int, list[DeviceInstance]] | None = None  # what the GPUs had after the last event
@@ -312,9 +312,9 @@ class Life:
             else:
                 data[self.chance.randrange(len(data))] ^= 1 << self.chance.randrange(8)
                 path.write_bytes(data if how == 1 else data[: self.chance.randrange(len(data))])
-        self.blank = True  # the generation before it does not have the last one's outcome
         if both:  # who had lost an instance has only the others now
             self.unknown |= self.gone
+            self.blank = True
             for known in self.jobs.values():
                 forget(known, set(known.lost))
         return None
