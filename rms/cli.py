@@ -163,10 +163,13 @@ def show(options: argparse.Namespace) -> int:
 
 
 def doctor(options: argparse.Namespace) -> int:
-    """Print what the GPUs are and what is wrong with them, and with Slurm's configuration. Returns 6 if anything is."""
+    """Print what the GPUs are and what is wrong with them, with RMS's directories, and with Slurm's configuration.
+
+    Returns 6 if anything is wrong.
+    """
     import json
 
-    from rms.doctor import describe, examine, report
+    from rms.doctor import describe, directories, examine, report
 
     settings = config.load(options.config, options.node)
     found = []
@@ -175,6 +178,7 @@ def doctor(options: argparse.Namespace) -> int:
     else:
         with _real(settings) as device:
             found = examine(device, _state(settings))
+    own = list(directories(settings))
     wrong = []
     if os.path.exists(options.slurm_conf):
         from slurm import check
@@ -182,11 +186,11 @@ def doctor(options: argparse.Namespace) -> int:
         wrong = check.examine(settings, options.slurm_conf, options.node, _state(settings))
     else:
         print(f"Slurm is not examined: there is no {options.slurm_conf}", file=sys.stderr)
-    sound = not wrong and not any(one.problems for one in found)
+    sound = not own and not wrong and not any(one.problems for one in found)
     if options.json:
-        print(json.dumps({**report(found, settings.fence), "slurm": wrong}, indent=2))
+        print(json.dumps({**report(found, settings.fence), "directories": own, "slurm": wrong}, indent=2))
     else:
-        print(describe(found, settings.fence) + "".join(f"! {text}\n" for text in wrong), end="")
+        print(describe(found, settings.fence) + "".join(f"! {text}\n" for text in [*own, *wrong]), end="")
         if sound:
             print("nothing wrong found")
     return 0 if sound else NodeError.code

@@ -7,10 +7,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from rms import fence, geometry
+from rms.config import Config
 from rms.device import DeviceError
+from rms.errors import NodeError
 from rms.inventory import State
 from rms.nvml import Board, NvmlDevice
 from rms.request import printable
+from rms.store import Store
 
 
 class Examined(NamedTuple):
@@ -77,6 +80,17 @@ def _access(device: NvmlDevice, board: Board, state: State) -> Iterator[str]:
                 yield from (f"{instance.placement}: {text}" for text in fence.problems(capability, theirs))
     except DeviceError as error:
         yield str(error)
+
+
+def directories(config: Config) -> Iterator[str]:
+    """What is wrong with the directories that every MIG job needs, and with that of the audit log."""
+    try:
+        Store(config.state_dir, 0.0).check()
+    except NodeError as error:
+        yield str(error)
+    logs = os.path.dirname(config.audit_log)
+    if not os.access(logs, os.W_OK):
+        yield f"nothing can be written to {logs}, where the audit log belongs (etc/tmpfiles.d/rms.conf makes it)"
 
 
 def differences(board: Board) -> list[str]:

@@ -158,11 +158,15 @@ class Store:
         except (OSError, ValueError, KeyError, TypeError):
             raise Damaged(f"{self.path} {fault}, and there is no previous generation", None) from None
 
-    def _check(self) -> None:
-        """Raises NodeError if somebody else could put another state in the place of ours."""
+    def check(self) -> None:
+        """Raises NodeError without the directory, or if somebody else could put another state in the place of ours."""
         if not self._checked:
             try:
                 self._checked = files.private(os.path.realpath(self._directory))
+            except FileNotFoundError:
+                raise NodeError(
+                    f"there is no state directory {self._directory}: make it, mode 0700 (etc/tmpfiles.d/rms.conf does)"
+                ) from None
             except OSError as error:
                 raise NodeError(f"cannot use the state directory {self._directory}: {error.strerror}") from error
         if not self._checked:
@@ -175,7 +179,7 @@ class Store:
     def _locked(
         self, name: str, what: str, poll: float = POLL_SECONDS, needless: Callable[[], bool] | None = None
     ) -> Iterator[None]:
-        self._check()
+        self.check()
         asked = time.monotonic()
 
         def cancelled() -> bool:

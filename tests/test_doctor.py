@@ -163,6 +163,18 @@ def test_simulated_gpus_have_neither(fast_dir: Path, rms: Rms, monkeypatch: pyte
     assert "always in MIG mode" in rms("mig", "enable", code=6)[1]
 
 
+def test_directories_that_nobody_has_made(fast_dir: Path, rms: Rms, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Node(fast_dir / "other")
+    monkeypatch.setenv("RMS_CONFIG", str(other.toml))
+    other.configure(state_dir=str(fast_dir / "no"), audit_log=str(fast_dir / "neither" / "audit.jsonl"))
+    assert rms("doctor", code=6)[0].splitlines() == [
+        f"! there is no state directory {fast_dir}/no: make it, mode 0700 (etc/tmpfiles.d/rms.conf does)",
+        f"! nothing can be written to {fast_dir}/neither, where the audit log belongs "
+        "(etc/tmpfiles.d/rms.conf makes it)",
+    ]
+    assert len(json.loads(rms("doctor", "--json", code=6)[0])["directories"]) == 2
+
+
 # MIG mode.
 
 
