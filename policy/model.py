@@ -384,11 +384,11 @@ def decide(model: Model, known: Basis, view: View, asked: Asked, candidates: Seq
     )
 
 
-def wish(view: View, index: int, site: str = "", shipped: str = WEIGHTS) -> Sequence[Placement]:
+def wish(view: View, index: int, site: str = "") -> Sequence[Placement]:
     """What the policy has in mind for the free slices of a GPU, what it expects most first; nothing without a model."""
     gpu = view.gpus[index]
     try:
-        model, _ = in_use(gpu.geometry, site, shipped)
+        model, _ = in_use(gpu.geometry, site)
     except ModelError:
         return ()
     known = basis(model, view, gpu.geometry)

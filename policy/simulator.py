@@ -121,13 +121,13 @@ class World(NamedTuple):
     misplaced: Array
 
 
-def world(t: Tables, node: Node, count: int, seed: int = 0) -> World:
+def world(t: Tables, node: Node, count: int) -> World:
     """An empty node before the first of `count` jobs."""
     placements = len(t.overlaps)
     events = node.gpus * (t.slots + 1) + 3 + (0 if node.admission == FIT and node.latency == 0 else 2 * count)
     counters = np.zeros(11, dtype=np.int64)
     counters[[HEAD, TAIL, RESERVED]] = -1
-    counters[RANDOM] = np.random.default_rng(seed).integers(1, 2**62)
+    counters[RANDOM] = np.random.default_rng(0).integers(1, 2**62)
     linked = count if node.depth else 0
     return World(
         state=np.zeros(node.gpus, dtype=np.int32),
@@ -167,9 +167,9 @@ def world(t: Tables, node: Node, count: int, seed: int = 0) -> World:
     )
 
 
-def simulate(t: Tables, node: Node, rule: Rule, jobs: Jobs, seed: int = 0) -> World:
+def simulate(t: Tables, node: Node, rule: Rule, jobs: Jobs) -> World:
     """A whole run: every job has ended or is lost, and the world says what became of each."""
-    w = world(t, node, len(jobs.submit), seed)
+    w = world(t, node, len(jobs.submit))
     advance(t, node, rule, jobs, w, len(jobs.submit))
     finish(t, node, rule, jobs, w)
     return w

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 from rms.errors import RequestError
@@ -29,6 +30,8 @@ from slurm.slurmctld import PATH, SilentError, Slurmctld, SlurmError
 
 STATES = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING")
 """Jobs in other states are over."""
+SECONDS = 10.0
+"""How long an answer may take, either way."""
 WIDE = 1500
 """Columns for a node's comment or gres, which have no limit: more of them than this is cut off. A node with a longer
 comment is left alone."""
@@ -80,7 +83,7 @@ class Ask(Protocol):
 class Commands(Slurmctld):
     """By Slurm's own commands."""
 
-    def __init__(self, slurm_conf: str, seconds: float = 10.0) -> None:
+    def __init__(self, slurm_conf: str, seconds: float = SECONDS) -> None:
         super().__init__(slurm_conf, seconds)
         self._environment |= {"SLURM_BITSTR_LEN": "200"}
 
@@ -99,15 +102,11 @@ class Commands(Slurmctld):
         fields |= {"Features": WIDE, "Comment": WIDE}
         form = ",".join(f"{name}:{width}" for name, width in fields.items())
         rows = []
+        ends = [*accumulate(fields.values())]  # in bytes
         for line in os.fsencode(self.run("sinfo", "--noheader", "--all", "--Node", f"--Format={form}")).split(b"\n"):
-            row = []
-            for width in fields.values():  # of bytes
-                row.append(os.fsdecode(line[:width]).strip(" "))
-                last, line = line[:width], line[width:]  # noqa: PLW2901
-            if (
-                len(last.strip()) < WIDE
-            ):  # else the comment may be cut off, and what is left of it would be written back
-                rows.append(row)
+            row = [line[end - width : end].strip(b" ") for end, width in zip(ends, fields.values(), strict=True)]
+            if len(row[-1]) < WIDE:  # else the comment may be cut off, and what is left of it would be written back
+                rows.append([os.fsdecode(text) for text in row])
         return _nodes(rows)
 
     def hosts(self, names: str) -> tuple[str, ...]:
@@ -126,10 +125,9 @@ class Commands(Slurmctld):
 class Pyslurm:
     """By pyslurm, in a process of its own. Where that does not answer it is ended; the next question starts another."""
 
-    def __init__(self, slurm_conf: str, seconds: float = 10.0) -> None:
+    def __init__(self, slurm_conf: str) -> None:
         self._environment = {"PATH": PATH, "SLURM_CONF": slurm_conf, "LC_ALL": "C.UTF-8"}
-        self._seconds = seconds
-        self._commands = Commands(slurm_conf, seconds)
+        self._commands = Commands(slurm_conf)
         self._helper: subprocess.Popen[bytes] | None = None
 
     def queue(self) -> list[Queued]:
@@ -164,7 +162,7 @@ class Pyslurm:
             )
         pipe, answers = self._helper.stdin, self._helper.stdout
         assert pipe and answers  # noqa: S101 (for mypy: both are pipes)
-        until = time.monotonic() + self._seconds
+        until = time.monotonic() + SECONDS
         answer = b""
         try:
             pipe.write(f"{what}\n".encode())
@@ -173,7 +171,7 @@ class Pyslurm:
                 ready, _, _ = select.select([answers], [], [], max(until - time.monotonic(), 0))
                 more = os.read(answers.fileno(), 1 << 20) if ready else b""
                 if not more:
-                    text = "pyslurm's process ended" if ready else f"pyslurm: no answer in {self._seconds:g} s"
+                    text = "pyslurm's process ended" if ready else f"pyslurm: no answer in {SECONDS:g} s"
                     self.close()
                     raise SilentError(text)
                 answer += more
