@@ -119,7 +119,7 @@ def _files(admission: str, settings: Mapping[str, str], directory: str) -> Itera
     for hook in site.HOOKS:
         path = settings.get(hook, "")  # of several hooks, with a pattern in it
         if os.path.isabs(path) and not any(os.access(found, os.X_OK) for found in glob.glob(path)):
-            yield f"slurm.conf: {hook} is {path}: no such program here; `rms slurm-config --write` makes it"
+            yield f"slurm.conf: {hook} is {path}, which is not there or can't be run: `rms slurm-config` writes it"
     table = os.path.join(directory, "rms_table.lua")
     try:
         with open(table, encoding="utf-8", errors="replace") as file:

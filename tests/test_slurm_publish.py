@@ -106,7 +106,7 @@ def test_doctor_finds_slurm_as_it_must_be(slurm: RmsCluster) -> None:
         hook.chmod(0o755)
     assert done.returncode == 6
     (said,) = json.loads(done.stdout)["slurm"]
-    assert f"TaskProlog is {hook}: no such program here" in said
+    assert f"TaskProlog is {hook}, which is not there or can't be run" in said
 
 
 def test_small_jobs_start_together_where_all_of_them_fit(slurm: RmsCluster) -> None:
