@@ -344,6 +344,8 @@ def _help() -> None:
     for line in sys.stdin:
         try:
             answer: dict[str, Any] = {"rows": _rows(line.strip())}
+        except ModuleNotFoundError:
+            answer = {"fault": "not installed"}
         except Exception as error:  # of any kind: slurmctld away, an attribute that this pyslurm does not have
             answer = {"fault": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")
