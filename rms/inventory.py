@@ -276,7 +276,8 @@ def view(state: State, now: float) -> View:
             continue
         busy, idle, blocked = [], [], []
         for instance in gpu.instances:
-            if instance.status == "busy" and (run := runs.get(instance.generation)):
+            # One that is being made is its job's already: it will be free when that ends, and others plan with that.
+            if instance.status in ("busy", "making") and (run := runs.get(instance.generation)):
                 busy.append(Busy(instance.placement, run.started, run.started + run.limit * 60 if run.limit else None))
             elif instance.status == "idle":
                 idle.append(instance.placement)

@@ -27,8 +27,8 @@ class Busy(NamedTuple):
 
 
 class GpuView(NamedTuple):
-    """One GPU as a policy sees it. `idle` instances exist, belong to nobody and may be reused or destroyed;
-    `blocked` places are taken but not a job's: being made or destroyed, quarantined."""
+    """One GPU as a policy sees it. `busy` are a job's, also those that are being made for it; `idle` instances exist,
+    belong to nobody and may be reused or destroyed; `blocked` places are taken but not a job's, as if quarantined."""
 
     uuid: str
     geometry: Geometry

@@ -146,7 +146,8 @@ def offer(state: State, boot_id: str, now: float, told: Told | None = None) -> O
     if told and told.keep and all(a.run.job != told.job for a in state.allocations):
         with suppress(RequestError):
             kept = parse(told.keep, geometry)
-            if room := planner.first_room(view, kept):
+            # By then what is being removed now is gone.
+            if room := planner.first_room(_pessimistic(state, now, removed=True), kept):
                 others = planner.beside(view, room, None)
     counts = {p.name: sum(_most(gpu, p.name) for gpu in others.gpus) for p in geometry.profiles}
     fitting = []
@@ -174,7 +175,7 @@ def offer(state: State, boot_id: str, now: float, told: Told | None = None) -> O
     )
 
 
-def _pessimistic(state: State, now: float) -> View:
+def _pessimistic(state: State, now: float, removed: bool = False) -> View:
     view = inventory.view(state, now)
     yielding = {intent.number for intent in state.intents if intent.kind == "prewarm"}
     gpus = []
@@ -182,8 +183,8 @@ def _pessimistic(state: State, now: float) -> View:
         if record.doubt or record.fault:
             gpus.append(gpu.without_room())
         else:
-            changing = (i for i in record.instances if i.status == "removing" and i.intent not in yielding)
-            removing = tuple(i.placement for i in changing)
+            doomed = (i for i in record.instances if i.status == "removing" and i.intent not in yielding)
+            removing = () if removed else tuple(i.placement for i in doomed)
             gpus.append(gpu._replace(blocked=(*gpu.blocked, *removing)))
     return view._replace(gpus=tuple(gpus))
 

@@ -21,7 +21,7 @@ import slurm.slurmctld
 from rms import demand, geometry, planner
 from rms.errors import NodeError
 from rms.geometry import Geometry, Placement
-from rms.inventory import Allocation, Gpu, Instance, Intent, Owner, Run, State
+from rms.inventory import Allocation, Gpu, Instance, Intent, Owner, Run, State, Status
 from rms.planner import Busy, GpuView, View
 from rms.request import Request, parse
 from rms.store import Store
@@ -293,6 +293,20 @@ def test_what_is_kept_for_one_job_is_not_offered_to_others() -> None:
     assert offer(node, "boot", 0.0, told._replace(keep="2g.20gb:1")).names == (name(parse("2g", A100)), brief[-1]), (
         "it may itself be one that is over soon"
     )
+
+
+@pytest.mark.parametrize("status", ["making", "removing"])
+def test_what_is_kept_is_kept_while_something_is_made_or_removed_there(status: Status) -> None:
+    """As after each start on the node: else a job of whatever length comes into what the large one waits for."""
+    node = state(A100, [[Placement("3g.40gb", 0, 4)]])
+    told = demand.Told(100, 7, "7g.80gb:1")
+    assert offer(node, "boot", 0.0, told).names == ()
+    if status == "making":
+        node.gpus[0].instances[0].status = status
+    else:
+        node.gpus[0].instances.append(Instance(node.number(), Placement("1g.10gb", 4, 1), status))
+    assert offer(node, "boot", 0.0).names
+    assert offer(node, "boot", 0.0, told).names == ()
 
 
 def test_every_model_has_few_names_and_the_largest_empty_node_is_quick() -> None:
