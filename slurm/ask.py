@@ -125,9 +125,10 @@ class Commands(Slurmctld):
 class Pyslurm:
     """By pyslurm, in a process of its own. Where that does not answer it is ended; the next question starts another."""
 
-    def __init__(self, slurm_conf: str) -> None:
+    def __init__(self, slurm_conf: str, seconds: float = SECONDS) -> None:
         self._environment = {"PATH": PATH, "SLURM_CONF": slurm_conf, "LC_ALL": "C.UTF-8"}
-        self._commands = Commands(slurm_conf)
+        self._seconds = seconds
+        self._commands = Commands(slurm_conf, seconds)
         self._helper: subprocess.Popen[bytes] | None = None
 
     def queue(self) -> list[Queued]:
@@ -162,7 +163,7 @@ class Pyslurm:
             )
         pipe, answers = self._helper.stdin, self._helper.stdout
         assert pipe and answers  # noqa: S101 (for mypy: both are pipes)
-        until = time.monotonic() + SECONDS
+        until = time.monotonic() + self._seconds
         answer = b""
         try:
             pipe.write(f"{what}\n".encode())
@@ -171,7 +172,7 @@ class Pyslurm:
                 ready, _, _ = select.select([answers], [], [], max(until - time.monotonic(), 0))
                 more = os.read(answers.fileno(), 1 << 20) if ready else b""
                 if not more:
-                    text = "pyslurm's process ended" if ready else f"pyslurm: no answer in {SECONDS:g} s"
+                    text = "pyslurm's process ended" if ready else f"pyslurm: no answer in {self._seconds:g} s"
                     self.close()
                     raise SilentError(text)
                 answer += more
