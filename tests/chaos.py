@@ -43,6 +43,7 @@ from rms import geometry, grant, hardware, simulated
 from rms.device import DeviceInstance, Nvml
 from rms.errors import ClosedRunError, NodeError, NoRoomError, RequestError, RmsError
 from rms.geometry import Placement
+from rms.store import Damaged
 
 EVENTS = 400
 """Events in a life."""
@@ -552,6 +553,10 @@ class Life:
 
     def check(self) -> None:
         """After every event."""
+        if back := self.unknown - self.gone:  # what runs get there from now on is known, also without a reconcile
+            with suppress(Damaged):
+                seen = {n for n, gpu in enumerate(self.node.state().gpus) if not (gpu.fault or gpu.doubt)}
+                self.unknown -= back & seen
         slices: set[tuple[int, int]] = set()
         for job in self.jobs.values():
             for number, place in job.places:
