@@ -26,7 +26,7 @@ from rms import demand, grant, hardware, inventory, planner
 from rms.audit import Audit, basis, explain, picture
 from rms.config import Config
 from rms.device import Device, DeviceError
-from rms.errors import ClosedRunError, LockTimeoutError, NodeError, NoRoomError, RequestError, RmsError
+from rms.errors import ClosedRunError, LockTimeoutError, NodeError, NoRoomError, RequestError, RmsError, unheard
 from rms.geometry import Placement
 from rms.inventory import Allocation, Claim, Intent, Outcome, Owner, Run, State, Step, Survey
 from rms.planner import Decision, View
@@ -712,20 +712,24 @@ def main(arguments: Sequence[str]) -> int:
         return _fail(f"internal error: {type(error).__name__}: {error}", RmsError.code, options.json)
     if options.json:
         instances = [{**g._asdict(), "placement": g.placement._asdict()} for g in granted]
-        print(json.dumps({"schema": 1, "run": str(run), "instances": instances}))
-    else:
-        for g in granted:
-            print(g.uuid, g.number, g.placement)
-    return 0
+        return _answer(json.dumps({"schema": 1, "run": str(run), "instances": instances}) + "\n", 0)
+    return _answer("".join(f"{g.uuid} {g.number} {g.placement}\n" for g in granted), 0)
+
+
+def _answer(text: str, code: int) -> int:
+    try:
+        print(text, end="", flush=True)
+    except OSError as error:
+        return unheard(error)
+    return code
 
 
 def _fail(text: str, code: int, as_json: bool) -> int:
     if as_json:
         import json
 
-        print(json.dumps({"schema": 1, "error": text, "code": code}))
-    else:
-        print(f"rms: {printable(text, MESSAGE)}", file=sys.stderr)
+        return _answer(json.dumps({"schema": 1, "error": text, "code": code}) + "\n", code)
+    print(f"rms: {printable(text, MESSAGE)}", file=sys.stderr)
     return code
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, cast
 
 import rms
 from rms import cli_policy, config
-from rms.errors import NodeError, RequestError, RmsError, UsageError
+from rms.errors import NodeError, RequestError, RmsError, UsageError, unheard
 from rms.request import MESSAGE, printable
 
 if TYPE_CHECKING:
@@ -353,20 +353,26 @@ def _policy(settings: config.Config, known: Sequence[Geometry]) -> dict[str, str
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb. Returns the exit code. The one place where an exception becomes a line for people."""
     try:
-        options = _parser().parse_args(arguments)
+        try:
+            options = _parser().parse_args(arguments)
+        except SystemExit:
+            sys.stdout.flush()  # what --help and --version have printed
+            raise
         code: int = options.verb(options)
         sys.stdout.flush()
         return code
     except RmsError as error:
         return _fail(str(error), error.code)
-    except BrokenPipeError:
-        # As in `rms show | head`. Without this Python would complain when it flushes once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except OSError as error:
-        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
+        if error.filename:
+            return _fail(f"{error.filename}: {error.strerror}", 1)
+        try:
+            print(flush=True)  # what could not be written names no file; if it was this, it still can't
+        except OSError as unwritten:
+            return unheard(unwritten)
+        return _fail(str(error), 1)
     except Exception as error:
         if os.environ.get("RMS_TRACEBACK"):
             raise

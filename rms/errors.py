@@ -4,6 +4,22 @@ Exit codes (also in docs/admin.md): 0 done, 1 a fault of RMS itself, then one pe
 """
 
 
+def unheard(error: OSError) -> int:
+    """The exit code where standard output can't be written; says why, unless it is that nobody reads it any more.
+
+    Python would try once more when it ends, and complain in its own way.
+    """
+    import os
+    import signal
+    import sys
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):  # as in `rms show | head`
+        return 128 + signal.SIGPIPE
+    print(f"rms: cannot write to standard output: {error.strerror}", file=sys.stderr)
+    return 1
+
+
 class RmsError(Exception):
     """Base of all that RMS raises on purpose: the text is one line that says what to do."""
 

@@ -8,14 +8,13 @@ served is answered with one line that begins with `error:`, and the loop goes on
 from __future__ import annotations
 
 import bisect
-import os
 import signal
 import time
 from collections.abc import Iterable
 from typing import TextIO
 
 from rms import geometry, planner
-from rms.errors import NoRoomError, RequestError, RmsError
+from rms.errors import NoRoomError, RequestError, RmsError, unheard
 from rms.geometry import Placement
 from rms.planner import Busy, Choose, GpuView, View
 from rms.request import Request, printable
@@ -114,10 +113,10 @@ def run(lines: Iterable[str], output: TextIO, choose: Choose, limit: int | None)
     try:
         for line in lines:
             if (text := answer(pool, line)) is not None:
-                print(text, file=output, flush=True)
-    except BrokenPipeError:  # nobody reads the answers any more; Python must not complain of it when it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
-        return 128 + signal.SIGPIPE
+                try:
+                    print(text, file=output, flush=True)
+                except OSError as error:
+                    return unheard(error)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return 0

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import subprocess
+import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
@@ -503,6 +504,35 @@ def test_nobody_listens(busy: Node, stream: str) -> None:
     assert "Traceback" not in (shown.stderr or "")
     busy.check()
     assert busy.marker(2).exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["show --json", "slurm-config --model A30 --gpus 4 --nodes n1", "--version", "--help"],
+)
+def test_an_answer_that_finds_no_room_on_its_disk(busy: Node, words: str) -> None:
+    shown = unheard(busy, sys.executable, "-m", "rms.cli", *words.split())
+    assert (shown.returncode, shown.stderr.splitlines()[-1:]) == (1, [UNHEARD]), shown.stderr
+    assert all("Exception ignored" not in line and "Errno" not in line for line in shown.stderr.splitlines())
+
+
+def test_an_answer_of_the_controller_that_finds_no_room_on_its_disk(busy: Node) -> None:
+    for arguments in ((*ACQUIRE, "--request=1g"), ("release", "--job=9", "--restart=0", "--json")):
+        shown = unheard(busy, *busy.command(*arguments))
+        assert (shown.returncode, shown.stderr.splitlines()) == (1, [UNHEARD])
+    assert busy.marker(2).exists(), "the grant stands"
+    shown = unheard(busy, *busy.command(), text="acquire alice 3g\n")
+    assert (shown.returncode, shown.stderr.splitlines()) == (1, [UNHEARD])
+
+
+UNHEARD = "rms: cannot write to standard output: No space left on device"
+
+
+def unheard(node: Node, *command: str, text: str = "") -> subprocess.CompletedProcess[str]:
+    with open("/dev/full", "w") as full:
+        return subprocess.run(
+            command, env=node.environment(), input=text, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
 
 
 def test_faults_as_a_process_of_its_own(busy: Node) -> None:
