@@ -156,6 +156,7 @@ class Controller:
     def _acquire(self, run: Run, uid: int, spec: str, submit: int | None, limit: int | None) -> list[Granted]:
         failures: dict[str, list[str]] = {}
         held: dict[int, float] = {}
+        grant.directory(self.config.run_dir)  # before anything in it is believed, or anything is changed
         while True:
             with self._open("acquire") as state:
                 if standing := self._granted_already(state, run, submit):
@@ -164,7 +165,6 @@ class Controller:
                 busy = next((i for i in state.intents if i.run == (older or run)), None)
                 planned = None
                 if older is None and busy is None:
-                    grant.directory(self.config.run_dir)  # a fault of it must show before anything is changed
                     asked = parse(spec, next(iter(state.geometries.values())))
                     planned = self._plan(state, run, asked, limit, failures, held)
                 if planned:

@@ -48,11 +48,14 @@ def directory(run_dir: str) -> str:
                 os.makedirs(place, exist_ok=True)
                 # Whatever our umask: each user's TaskProlog reads here, only root writes.
                 os.chmod(place, 0o755)  # noqa: S103
-        private = files.private(path)
+            # A site may have made run_dir a link.
+            if not files.private(place if place == path else os.path.realpath(place)):
+                raise NodeError(
+                    f"{place} must be a directory of root's own that only root can write, and is not: "
+                    "make it so, or remove it"
+                )
     except OSError as error:
         raise NodeError(f"cannot use {path}: {error.strerror}") from error
-    if not private:
-        raise NodeError(f"{path} must be a directory of root's own that only root can write, and is not: remove it")
     return path
 
 
@@ -123,7 +126,7 @@ def granted(run_dir: str) -> dict[int, Grant]:
     """Every grant that stands, by job id: what a recovery has to respect."""
     found = {}
     for name in os.listdir(directory(run_dir)):
-        if name.isdigit() and (grant := read(run_dir, int(name))) and grant.status == "granted":
+        if name.isdecimal() and (grant := read(run_dir, int(name))) and grant.status == "granted":
             found[int(name)] = grant
     return found
 
@@ -134,7 +137,7 @@ def sweep(run_dir: str) -> None:
     for entry in os.scandir(directory(run_dir)):
         with suppress(OSError):  # the hooks' shell parts write and remove without a lock
             if entry.stat(follow_symlinks=False).st_mtime < limit:
-                kept = read(run_dir, int(entry.name)) if entry.name.isdigit() else None
+                kept = read(run_dir, int(entry.name)) if entry.name.isdecimal() else None
                 if kept is None or kept.status in ("refused", "ended"):
                     os.unlink(entry.path)
 

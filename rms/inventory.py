@@ -530,7 +530,7 @@ def _due(gpu: Gpu, now: float) -> bool:
 
 def nameless(state: State, now: float, everything: bool = False) -> bool:
     """Whether it is time to ask again for a GPU that the config names by index and that has never told its UUID."""
-    return any(gpu.uuid.isdigit() and not gpu.doubt and (everything or _due(gpu, now)) for gpu in state.gpus)
+    return any(gpu.uuid.isdecimal() and not gpu.doubt and (everything or _due(gpu, now)) for gpu in state.gpus)
 
 
 def in_use(state: State, gpu: Gpu) -> bool:

@@ -183,7 +183,7 @@ def known_as(
     """Answers of GPUs by UUID, also of one that does not tell its own and that the config names by index."""
     known = dict(zip(state.managed, state.gpus, strict=False)) if state.boot_id == boot_id else {}
     return {
-        known[name].uuid if gpu.isdigit() and name in known else gpu: answer
+        known[name].uuid if gpu.isdecimal() and name in known else gpu: answer
         for name, (gpu, answer) in zip(managed, found.items(), strict=True)
     }
 

@@ -111,7 +111,7 @@ class Slurmctld:
         fields = "State:20,PriorityLong:20,EligibleTime:30"
         words = self.run("squeue", "--noheader", "--states=all", f"--jobs={name}", f"--Format={fields}").split()
         waits = len(words) == 3 and words[0] in ("PENDING", "COMPLETING") and words[1] != "0"
-        return int(words[2]) if waits and words[2].isdigit() else None
+        return int(words[2]) if waits and words[2].isdecimal() else None
 
     def wake(self, name: str) -> None:
         """Let a job that waits for its start time start at once."""

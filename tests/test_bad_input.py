@@ -314,7 +314,7 @@ def test_options_that_no_verb_takes(
         ({"state_dir": "/proc/version"}, "cannot use the state directory /proc/version"),
         ({"state_dir": "/dev/null/x"}, "cannot use the state directory"),
         ({"state_dir": "/" + "x" * 300}, "cannot use the state directory"),
-        ({"run_dir": "/proc/version"}, "cannot use /proc/version"),
+        ({"run_dir": "/proc/version"}, "/proc/version must be a directory of root's own"),
         ({"run_dir": "/dev/null/x"}, "cannot use /dev/null"),
         ({"boot_id_file": "/nonexistent"}, "cannot read /nonexistent"),
         ({"boot_id_file": "/dev/null"}, "/dev/null is empty"),
@@ -399,15 +399,19 @@ def test_the_directory_of_the_grants_replaced_by_a_link(busy: Node) -> None:
 
 @needs_root
 @pytest.mark.parametrize("change", ["owner", "group can write", "all can write"])
-def test_a_directory_of_the_grants_that_others_can_write(busy: Node, change: str) -> None:
-    jobs = busy.root / "run" / "jobs"
+@pytest.mark.parametrize("place", ["run", "run/jobs"])
+def test_a_directory_of_the_grants_that_others_can_write(busy: Node, place: str, change: str) -> None:
+    """Nor one above it: who can write there can put another one in its place."""
+    there = busy.root / place
     if change == "owner":
-        os.chown(jobs, 65534, 65534)
+        os.chown(there, 65534, 65534)
     else:
-        jobs.chmod(0o775 if "group" in change else 0o777)
-    refused(busy, NODE, *ACQUIRE, "--request=1g", says="must be a directory of root's own")
-    os.chown(jobs, 0, 0)
-    jobs.chmod(0o755)
+        there.chmod(0o775 if "group" in change else 0o777)
+    busy.marker(1).write_text("ended 0\n")  # as whoever can write would end the runs of others
+    refused(busy, NODE, *ACQUIRE, "--request=1g", says=f"{there} must be a directory of root's own")
+    assert busy.state().of_run(Run("cluster", 1, 0))
+    os.chown(there, 0, 0)
+    there.chmod(0o755)
     busy.acquire(2, "1g")
     busy.check()
 
@@ -658,6 +662,20 @@ def test_any_command_line(tmp_path_factory: pytest.TempPathFactory, words: list[
     if code and "--json" not in words:
         one_line(err)
         assert out == ""
+
+
+@pytest.mark.parametrize("name", ["²", "٣", "-1", "7 ", "x"])
+def test_a_file_among_the_grants_that_is_of_no_job(busy: Node, name: str) -> None:
+    stray = busy.marker(1).with_name(name)
+    stray.write_text("granted 0 1000 cluster 1g.10gb:1\nMIG-1\n")
+    os.utime(stray, (0, 0))
+    for path in (busy.root / "state").glob("state.json*"):
+        path.unlink()
+    assert called(busy, *ACQUIRE, "--request=7g:2")[0] == NO_ROOM, (
+        "rebuilt from the grants, and those too old are swept"
+    )
+    assert not stray.exists()
+    assert busy.state().of_run(Run("cluster", 1, 0))
 
 
 ANY: list[Node] = []
