@@ -41,7 +41,7 @@ RETRY_SECONDS = 30
 REMEMBERED_SECONDS = 90
 """For how long a job without room is remembered, and its room kept."""
 WAKE_SECONDS = 3.0
-"""How long an Epilog waits for an answer when it wakes a job."""
+"""How long an Epilog waits for an answer when it wakes a job, and asks about those that are to be forgotten."""
 ELSEWHERE_SECONDS = 5
 """How soon a job may start on another node: later than the Epilog here ends, or Slurm makes it a credential's life."""
 PUBLISH_SECONDS = 3.0
@@ -199,6 +199,7 @@ def _refuse(
     slurmctld = Slurmctld(slurm_conf)
     until = time.monotonic() + config.interactive_wait_seconds
     silent = False
+    may = True
     while True:
         fault = ""
         job: Job | None = None
@@ -207,6 +208,8 @@ def _refuse(
             if job is None:
                 log(f"{why}; the job is gone")
                 return 0
+            may = may and job.requeue  # an attempt before this one may have left it allowed
+            job = job._replace(requeue=may)
             if job.batch:
                 life = slurmctld.credential_seconds()
                 _requeue(slurmctld, job, RETRY_SECONDS if life is None else life + HOOKS_SECONDS, log, why)
@@ -279,7 +282,8 @@ def _wake(config: Config, slurm_conf: str, log: Log) -> None:
     from slurm.slurmctld import Slurmctld, SlurmError
 
     slurmctld = Slurmctld(slurm_conf, WAKE_SECONDS)
-    store = Store(config.state_dir, time.monotonic() + WAKE_SECONDS)
+    until = time.monotonic() + WAKE_SECONDS
+    store = Store(config.state_dir, until)
     over: list[SentBack] = []
     try:
         state = store.glance()
@@ -290,6 +294,8 @@ def _wake(config: Config, slurm_conf: str, log: Log) -> None:
                     log(f"there is room for {one.request}: woke job {one.name}")
                 break
             over.append(one)
+            if time.monotonic() > until:
+                break  # the next Epilog goes on
         if over:
             with store.sending_back():
                 left = [one for one in sent_back.load(config.state_dir, now) if one not in over]

@@ -52,13 +52,7 @@ class Slurmctld:
         that was killed may come back with a state in which the job still waits.
         """
         fields = "JobID:20,JobArrayID:60,State:20,BatchFlag:10,Requeue:10,RestartCnt:10,NodeList:1000"
-        try:
-            output = self.run("squeue", "--noheader", "--states=all", f"--jobs={job_id}", f"--Format={fields}")
-        except SlurmError as error:
-            if "Invalid job id" in str(error):
-                return None
-            raise
-        for line in output.splitlines():
+        for line in self._shown(str(job_id), fields).splitlines():
             words = line.split()
             if len(words) == 7 and [words[0], *words[5:]] == [str(job_id), str(restart), node] and words[2] in RUNNING:
                 return Job(job_id, words[1].partition("+")[0], words[3] != "0", words[4] == "1")
@@ -94,22 +88,23 @@ class Slurmctld:
         """Put a running batch job back in the queue, to start `delay` seconds from now at the earliest.
 
         The order is what Slurm takes: the start time can only be set once the job is no longer running, and a job
-        submitted with --no-requeue must be allowed it for a moment.
+        submitted with --no-requeue must be allowed it for a moment, and for no longer whatever fails.
         """
-        if not job.requeue:
-            self._update(job, "Requeue=1")
-        self.run("scontrol", "requeue", job.name)
-        self._update(job, f"StartTime=now+{delay}")
-        if not job.requeue:
-            self._update(job, "Requeue=0")
+        try:
+            if not job.requeue:
+                self._update(job, "Requeue=1")
+            self.run("scontrol", "requeue", job.name)
+            self._update(job, f"StartTime=now+{delay}")
+        finally:
+            if not job.requeue:
+                self._update(job, "Requeue=0")
 
     def comes_back(self, name: str) -> int | None:
         """From when on a job in the queue may start (epoch); None for one that is held, or not in the queue.
 
         One that was requeued a moment ago is shown as completing until its Epilog has ended.
         """
-        fields = "State:20,PriorityLong:20,EligibleTime:30"
-        words = self.run("squeue", "--noheader", "--states=all", f"--jobs={name}", f"--Format={fields}").split()
+        words = self._shown(name, "State:20,PriorityLong:20,EligibleTime:30").split()
         waits = len(words) == 3 and words[0] in ("PENDING", "COMPLETING") and words[1] != "0"
         return int(words[2]) if waits and words[2].isdecimal() else None
 
@@ -146,6 +141,15 @@ class Slurmctld:
         expire = re.search(r"cred_expire=(\d+)", settings.get("AuthInfo", ""))
         # Slurm refuses a value below 5 ("invalid" in slurmd's log) and uses its default then.
         return int(expire[1]) if expire and int(expire[1]) >= 5 else 120
+
+    def _shown(self, name: str, fields: str) -> str:
+        """What squeue prints of a job; nothing of one that is over for so long that slurmctld has forgotten it."""
+        try:
+            return self.run("squeue", "--noheader", "--states=all", f"--jobs={name}", f"--Format={fields}")
+        except SlurmError as error:
+            if "Invalid job id" in str(error):
+                return ""
+            raise
 
     def _update(self, job: Job, setting: str) -> None:
         self.run("scontrol", "update", f"JobId={job.name}", setting)

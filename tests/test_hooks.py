@@ -374,6 +374,28 @@ def test_no_room_and_slurm_says_no(hooks: Hooks) -> None:
     assert hooks.left() == "refused 0"
 
 
+@pytest.mark.parametrize(
+    ("fails", "says"),
+    [("requeue", "Requested operation is disabled"), ("requeue", UNREACHABLE), ("*StartTime*", "Job is completing")],
+)
+def test_a_job_that_may_not_be_requeued_may_not_afterwards_either(hooks: Hooks, fails: str, says: str) -> None:
+    """Whatever fails meanwhile: once, or for as long as the Prolog tries."""
+    hooks.prolog(1, comment=WHOLE_NODE)
+    hooks.job(requeue=0)
+    allowed, failed = hooks.node.root / "allowed", hooks.node.root / "failed"
+    answer = (hooks.bin / "squeue.does").read_text().replace("requeue=0\n", f"requeue=$(cat {allowed})\n")
+    allowed.write_text("0")
+    hooks.does("squeue", answer)
+    hooks.does(
+        "scontrol",
+        f'case "$*" in {fails}*) [ -e {failed} ] && [ "{says}" = "{UNREACHABLE}" ] ||'
+        f" {{ touch {failed}; echo '{says}' >&2; exit 1; }} ;; *Requeue=?) echo ${{3#*=}} >{allowed} ;; esac\n",
+    )
+    hooks.call("prolog", 7)
+    assert failed.exists() and "Requeue=1" in hooks.calls()
+    assert allowed.read_text() == "0\n"
+
+
 def test_an_interactive_job_that_ends_at_the_last_moment(hooks: Hooks) -> None:
     hooks.prolog(1, comment=WHOLE_NODE)
     hooks.job(batch=0)

@@ -71,6 +71,43 @@ def test_who_has_come_waits_no_more(node: Node) -> None:
     assert [r.job for r in sent_back.load(node.config.state_dir, time.time())] == [8]
 
 
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What Slurm's commands were called with: squeue has forgotten job 8, job 7 is held, 9 waits for its start time."""
+    calls = tmp_path / "calls"
+    log = f'echo "${{0##*/}} $*" >>{calls}\n'
+    said = (
+        'case "$*" in *=8*) echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1 ;;\n'
+        "*=9*) echo PENDING 10 50 ;; *) sleep 0.1; echo PENDING 0 50 ;; esac\n"
+    )
+    for name, does in (("squeue", log + said), ("scontrol", log)):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setattr("slurm.slurmctld.PATH", f"{tmp_path}:/usr/bin:/bin")
+    return calls
+
+
+def epilog(node: Node) -> list[int]:
+    """The Epilog of a job that had an instance. Who is remembered after it."""
+    node.acquire(1, "1g.10gb:1")
+    ended = hook.Hook("n1", Run("cluster", 1, 0), 1000, "rms1:1g.10gb:1;s=5;l=5;")
+    assert hook.epilog(ended, node.config, "/nowhere", hook.Log("epilog")) == 0
+    return [one.job for one in sent_back.load(node.config.state_dir, time.time())]
+
+
+def test_one_that_slurmctld_has_forgotten_keeps_nobody_from_being_woken(node: Node, asked: Path) -> None:
+    sent_back.save(node.config.state_dir, [one(job, job, time.time() + 60) for job in (7, 8, 9)])
+    assert epilog(node) == [9]
+    assert asked.read_text().splitlines()[-1] == "scontrol update JobId=9 StartTime=now"
+
+
+def test_an_epilog_does_not_ask_about_them_for_long(node: Node, asked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hook, "WAKE_SECONDS", 1.0)
+    sent_back.save(node.config.state_dir, [one(job, job, time.time() + 60) for job in range(100, 100 + MOST)])
+    left = epilog(node)
+    assert 0 < len(left) < MOST and len(asked.read_text().splitlines()) == MOST - len(left)
+
+
 def version() -> tuple[int, ...]:
     command = ["slurmctld", "-V"]
     shown = subprocess.run(command, env={"PATH": PATH}, capture_output=True, text=True, check=True).stdout
