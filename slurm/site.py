@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from rms import config, geometry, planner
 from rms.errors import NodeError, RequestError
+from rms.files import replace
 from rms.geometry import Geometry, Layout, Placement, Profile
 from rms.planner import GpuView, View
 from rms.request import Request
@@ -353,11 +354,9 @@ def write(made: Mapping[str, str], directory: str) -> None:
                 with open(path, encoding="utf-8", errors="replace") as file:
                     if "rms slurm-config" not in file.read() and not path.endswith("rms.lua"):
                         raise NodeError(f"{path} is not ours: move it away, or call RMS from it (docs/admin.md)")
-        for name, text in made.items():
-            path = os.path.join(directory, name)
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(path, 0o755 if name in (*HOOKS.values(), HEALTH_CHECK) else 0o644)
+        for name, text in made.items():  # in one step: slurmd may be about to run it, or slurmctld to read it anew
+            mode = 0o755 if name in (*HOOKS.values(), HEALTH_CHECK) else 0o644
+            replace(os.path.realpath(os.path.join(directory, name)), text.encode(), mode, durable=False)
     except OSError as error:
         raise NodeError(f"cannot write to {directory}: {error.strerror}") from error
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from rms.errors import RequestError
 from rms.inventory import Run
 from rms.request import COMMENT_TAG, MAX_BYTES, parse, parse_comment, printable
 from rms.store import Store
+from slurm import site
 
 USAGE, USER, NO_ROOM, CLOSED, NODE, LOCK = 2, 3, 4, 5, 6, 7
 
@@ -508,6 +510,22 @@ def test_nobody_listens(busy: Node, stream: str) -> None:
     assert "Traceback" not in (shown.stderr or "")
     busy.check()
     assert busy.marker(2).exists()
+
+
+def test_files_for_slurm_are_never_seen_half_written(tmp_path: Path) -> None:
+    """A new version is written while slurmd and slurmctld go on."""
+    words = ["slurm-config", "--nodes=n1", f"--config={tmp_path}/rms.toml", f"--write={tmp_path}", "--model"]
+    assert cli.main([*words, "A100-80GB", "--gpus=2"]) == 0
+    old = [path.open() for path in sorted(tmp_path.iterdir())]
+    before = {file.name: Path(file.name).read_text() for file in old}
+    (tmp_path / "epilog").rename(tmp_path / "elsewhere")
+    (tmp_path / "epilog").symlink_to("elsewhere")
+    assert cli.main([*words, "A30", "--gpus=4", "--admission=sums"]) == 0
+    assert all(file.read() == before[file.name] for file in old), "who is reading goes on with what there was"
+    assert "A30" in (tmp_path / "rms_table.lua").read_text()
+    assert (tmp_path / "epilog").is_symlink() and os.access(tmp_path / "epilog", os.X_OK), "a site's own link stays"
+    for name in before:
+        assert os.access(name, os.X_OK) == (Path(name).name in (*site.HOOKS.values(), site.HEALTH_CHECK))
 
 
 @pytest.mark.parametrize(
