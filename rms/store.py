@@ -2,8 +2,8 @@
 
 One JSON file with a checksum, replaced whole at every change, the generation before it kept beside it. Locks, all in
 the state directory: one for the state, held for milliseconds; one per GPU, held while its hardware is changed; two for
-publishing, one for the list of jobs that were sent back, one for prewarming. A process that holds one of the others
-may take the state's, never the other way round.
+publishing, one for the list of jobs that were sent back, one for prewarming, one for who rebuilds a lost state. A
+process that holds one of the others may take the state's, never the other way round.
 """
 
 from __future__ import annotations
