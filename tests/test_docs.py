@@ -46,3 +46,12 @@ def test_the_tests_in_brackets_exist(document: str, least: int) -> None:
                 assert any(word in name for name in TESTS[file]), f"no test of {file} has {word} in its name: {bracket}"
                 seen += 1
     assert seen >= least
+
+
+@pytest.mark.parametrize("unit", sorted((ROOT / "etc" / "systemd").glob("*.service")), ids=lambda path: path.name)
+def test_nothing_waits_for_ever_for_a_unit_of_ours(unit: Path) -> None:
+    """systemd gives a oneshot service all the time there is, unless it is told: slurmd is started after two of them,
+    and a timer does not start one that runs."""
+    text = unit.read_text()
+    if "Type=oneshot" in text and "rms-learn" not in unit.name:  # which is not in anybody's way
+        assert re.search(r"^TimeoutStartSec=\d+min$", text, re.MULTILINE)
