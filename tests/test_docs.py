@@ -1,4 +1,4 @@
-"""The documents name tests that exist."""
+"""The documents name tests, verbs and options that exist."""
 
 from __future__ import annotations
 
@@ -7,7 +7,25 @@ from pathlib import Path
 
 import pytest
 
+from rms import cli
+
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_verbs_and_options_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    """`rms VERB --option` in backticks, in examples, and with a path before it."""
+    seen = 0
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "etc/systemd").glob("*.service")):
+        command = r"(?:`|^ {4,}(?:\$ )?|bin/)rms ((?:policy |mig )?[a-z][a-z-]*)([^\n`|#]*)"
+        for verb, rest in re.findall(command, path.read_text(), re.MULTILINE):
+            with pytest.raises(SystemExit) as ended:
+                cli.main([*verb.split(), "--help"])
+            assert ended.value.code == 0, f"{path.name}: no such verb: rms {verb}"
+            known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
+            unknown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", rest)) - known
+            assert not unknown, f"{path.name}: rms {verb} has no {unknown}"
+            seen += 1
+    assert seen > 80
 
 
 def test_each_failure_has_a_test_that_exists() -> None:
