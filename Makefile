@@ -54,7 +54,7 @@ bench-load: $(VENV)/tools | slurm
 	$(BIN)/python benchmarks/slurm_load.py --write
 
 bench-policy: $(VENV)/tools
-	$(BIN)/python benchmarks/policy_targets.py --write $(QUICK)
+	$(BIN)/python benchmarks/policy_targets.py --write
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "rms: needs Python 3.11 or newer: make PYTHON=python3.11"; exit 1; }

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from policy import baselines, exact, model, rules, seeds, simulator, transitions, workload
+from policy import baselines, evaluate, exact, model, rules, seeds, simulator, transitions, workload
 from policy.rules import Rule
 from policy.simulator import Node, World, simulate
 from policy.workload import Jobs
@@ -33,15 +33,9 @@ def paired(numbers: Iterable[tuple[float, float]]) -> str:
     return f"{differences.mean():+7.2f} ± {half:.2f}"
 
 
-def acceptance(jobs: Jobs, w: World) -> float:
-    """Accepted memory slices in percent of the offered, after a warm-up."""
-    slices = TABLES.profile_memory[jobs.profile][len(w.gpu) // 20 :]
-    return float(100 * (slices * (w.gpu >= 0)[len(w.gpu) // 20 :]).sum() / slices.sum())
-
-
 def wait(jobs: Jobs, w: World) -> float:
-    """Mean wait after a warm-up."""
-    return float((w.start - jobs.submit)[len(w.gpu) // 20 :].mean())
+    """The mean wait."""
+    return float(evaluate.waits(jobs, w).mean())
 
 
 def loss() -> None:
@@ -58,12 +52,15 @@ def loss() -> None:
         shares = workload.mix(name, A100)
         streams = [workload.stream(A100, seed, 150_000, shares, load, gpus) for seed in SEEDS]
         results = {
-            rule: [acceptance(jobs, simulate(TABLES, Node(gpus), make(A100, shares), jobs)) for jobs in streams]
+            rule: [
+                evaluate.accepted(TABLES, jobs, simulate(TABLES, Node(gpus), make(A100, shares), jobs))
+                for jobs in streams
+            ]
             for rule, make in baselines.ALL.items()
         }
         print(f"\nLoss mode, {gpus} GPUs, {name}, load {load}: MFI {np.mean(results['MFI']):.2f} %; points against it")
-        for rule, accepted in results.items():
-            print(f"  {rule:30} {paired(zip(accepted, results['MFI'], strict=True))}")
+        for rule, found in results.items():
+            print(f"  {rule:30} {paired(zip(found, results['MFI'], strict=True))}")
 
 
 def optima(gpus: int) -> None:
@@ -90,7 +87,7 @@ def queue() -> None:
     for name in workload.MIXES:
         for reserve in (False, True):
             shares = workload.mix(name, A100)
-            node = Node(8, depth=300, reserve=reserve)
+            node = Node(8, depth=evaluate.DEPTH, reserve=reserve)
             streams = [workload.stream(A100, seed, 60_000, shares, 0.8, 8, limit="1to3") for seed in SEEDS]
             waits = {
                 rule: np.array([wait(jobs, simulate(TABLES, node, make(A100, shares), jobs)) for jobs in streams])
@@ -109,7 +106,7 @@ def queue() -> None:
 def admission() -> None:
     """Misplaced jobs and mean wait under what Slurm knows."""
     shares = workload.mix("uniform", A100)
-    told = Node(8, depth=300)
+    told = Node(8, depth=evaluate.DEPTH)
     nodes = {
         "true fit": told,
         "true fit, token, latency 0.001": told._replace(latency=0.001),
@@ -138,7 +135,7 @@ def reuse() -> None:
         streams = [workload.stream(A100, seed, 60_000, shares, 0.7, 8) for seed in SEEDS]
         first = None
         for rule, (lazy, r) in rules.items():
-            runs = [(jobs, simulate(TABLES, Node(8, depth=300, lazy=lazy), r, jobs)) for jobs in streams]
+            runs = [(jobs, simulate(TABLES, Node(8, depth=evaluate.DEPTH, lazy=lazy), r, jobs)) for jobs in streams]
             waited = np.array([wait(jobs, w) for jobs, w in runs])
             first = waited if first is None else first
             created = np.mean([w.created.mean() for _, w in runs])
@@ -154,21 +151,15 @@ def cells() -> None:
 
     of = model.load(A100.geometry)
     config = of.manifest["made"]["config"]
-    options = config["playing"]
     for name, limit in (("uniform", "exact"), ("uniform", "none"), ("skew-small", "none"), ("bimodal", "none")):
         shares = workload.mix(name, A100)
         game = train.Game(8, shares, 0.8, limit)
         start = np.array(model.values(of, shares.tolist(), game.gpus, limit != "none"))
-        reach, value, mean = options["noise"] * start.std(), start, start
+        reach, value, mean = config["playing"]["noise"] * start.std(), start, start
         fast, slow = np.zeros(len(start)), np.zeros(len(start))
         rng = np.random.default_rng(seeds.TUNING[0])
         for step in range(GAMES):
-            slope = np.zeros(len(start))
-            for _ in range(options["pairs"]):
-                noise = rng.normal(size=len(start))
-                jobs = train.stream(A100, game, options["jobs"], int(rng.integers(len(seeds.TRAINING))))
-                more, less = (train.waits(config, A100, game, jobs, value + way * reach * noise) for way in (1, -1))
-                slope += noise * (more - less) / (more + less)
+            slope = train.slope(config, A100, game, value, reach, rng)
             fast, slow = 0.9 * fast + 0.1 * slope, 0.99 * slow + 0.01 * slope**2
             pace = 0.02 * start.std() * (1 - step / GAMES)
             value = value - pace * fast / (1 - 0.9 ** (step + 1)) / np.sqrt(slow / (1 - 0.99 ** (step + 1)))
@@ -191,7 +182,7 @@ def speed() -> None:
         ("table, loss", Node(8), 0.0),
         ("table over time, loss", Node(8), 0.5),
         ("table, lazy destroy", Node(8, lazy=True), 0.0),
-        ("table, queue", Node(8, depth=300), 0.0),
+        ("table, queue", Node(8, depth=evaluate.DEPTH), 0.0),
     ):
         r = rules.by_value(TABLES, value, rate)
         best = np.inf

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from policy import baselines, bounds, evaluate, exact, model, rules, seeds, simulator, transitions, workload
+from policy.evaluate import DEPTH, accepted, waits
 from policy.model import Model
 from policy.rules import Tables
 from policy.simulator import Node, World, simulate
@@ -82,18 +83,6 @@ def streams(
     return [workload.stream(b.moves, s, each, shares, load, gpus, service, limit) for s in how.seeds[:count]]
 
 
-def wait(jobs: Jobs, w: World) -> Floats:
-    """The waits after a warm-up."""
-    return np.asarray((w.start - jobs.submit)[len(w.start) // 20 :])
-
-
-def accepted(b: Board, jobs: Jobs, w: World) -> float:
-    """Accepted memory slices in percent of the offered, after a warm-up."""
-    cut = slice(len(w.gpu) // 20, None)
-    slices = b.t.profile_memory[jobs.profile][cut]
-    return float(100 * (slices * (w.gpu >= 0)[cut]).sum() / slices.sum())
-
-
 def own(b: Board, node: Node, jobs: Jobs, pending: bool = False, of: Model | None = None) -> World:
     """The shipped policy, as on a node. Estimates are made seldom: they cost ten times what simulating does, and the
     demand does not change."""
@@ -141,7 +130,7 @@ def queue(how: How, service: str, b: Board = A100) -> Iterator[str]:
     )
     yield "| mix | limits | mean wait | with the true mix | largest p95 | worst profile's mean | worst p95 |"
     yield "|---|---|---|---|---|---|---|"
-    node = Node(8, depth=300)
+    node = Node(8, depth=DEPTH)
     for name in TOLD[: 1 if how.quick else None]:
         shares = workload.mix(name, b.moves)
         for limit in ("exact", "1to3", "none"):
@@ -149,7 +138,7 @@ def queue(how: How, service: str, b: Board = A100) -> Iterator[str]:
             for jobs in streams(b, how, shares, 0.8, 8, service, limit, MANY):
                 known = evaluate.told(b.of, jobs)
                 base, given, ours = (
-                    wait(jobs, w)
+                    waits(jobs, w)
                     for w in (
                         simulate(b.t, node, baselines.mfi(b.moves, shares), jobs),
                         simulate(b.t, node, evaluate.learned(b.moves, shares, node.gpus, b.of, known), jobs),
@@ -182,13 +171,13 @@ def admissions(how: How) -> Iterator[str]:
         mfi = baselines.mfi(A100.moves, shares)
         cells = []
         for reserve, pending, pairs in ((True, False, 0.0), (False, True, 0.0), (False, False, 0.1)):
-            node = Node(8, depth=300, reserve=reserve)
+            node = Node(8, depth=DEPTH, reserve=reserve)
             found, base = [], []
             for i, single in enumerate(streams(A100, how, shares, 0.8, 8)):
                 rng = np.random.default_rng(how.seeds[1000 + i])
                 jobs = workload.paired(rng, single, A100.moves, shares, pairs) if pairs else single
-                found.append(float(wait(jobs, own(A100, node, jobs, pending)).mean()))
-                base.append(float(wait(jobs, simulate(A100.t, node, mfi, jobs)).mean()))
+                found.append(float(waits(jobs, own(A100, node, jobs, pending)).mean()))
+                base.append(float(waits(jobs, simulate(A100.t, node, mfi, jobs)).mean()))
             cells.append(percent(found, base))
         yield f"| {name} | {' | '.join(cells)} |"
 
@@ -199,7 +188,7 @@ def uninformative(how: How) -> Iterator[str]:
     yield "### 8 GPUs, load 0.8, exponential: mean wait against the same model without times, percent\n"
     yield "| mix | 1 to 10 times too long | rounded up to 0.5, 1, 2, 5, ... | a third has none | partition's default |"
     yield "|---|---|---|---|---|"
-    node = Node(8, depth=300)
+    node = Node(8, depth=DEPTH)
     for name in TOLD[: 1 if how.quick else None]:
         shares = workload.mix(name, A100.moves)
         cells = []
@@ -207,8 +196,8 @@ def uninformative(how: How) -> Iterator[str]:
             found, base = [], []
             for jobs in streams(A100, how, shares, 0.8, 8, limit=kind)[:4]:
                 blind = jobs._replace(limit=np.full(len(jobs.limit), workload.UNKNOWN))
-                found.append(float(wait(jobs, own(A100, node, jobs)).mean()))
-                base.append(float(wait(jobs, own(A100, node, blind)).mean()))
+                found.append(float(waits(jobs, own(A100, node, jobs)).mean()))
+                base.append(float(waits(jobs, own(A100, node, blind)).mean()))
             cells.append(percent(found, base))
         yield f"| {name} | {' | '.join(cells)} |"
 
@@ -219,7 +208,7 @@ def ablation(how: How) -> Iterator[str]:
     yield "| | " + " | ".join(TOLD) + " |"
     yield "|---|" + "---|" * len(TOLD)
     moves, t, of = A100
-    node = Node(8, depth=300)
+    node = Node(8, depth=DEPTH)
     anchor = anchor_alone(of)
     prior = np.array(of.prior)
 
@@ -244,9 +233,9 @@ def ablation(how: How) -> Iterator[str]:
     for name in TOLD:
         shares = workload.mix(name, moves)
         jobs = streams(A100, how, shares, 0.8, 8)
-        base = [float(wait(j, simulate(t, node, baselines.mfi(moves, shares), j)).mean()) for j in jobs]
+        base = [float(waits(j, simulate(t, node, baselines.mfi(moves, shares), j)).mean()) for j in jobs]
         for part, play in parts.items():
-            cells[part].append(percent([float(wait(j, play(j)).mean()) for j in jobs], base))
+            cells[part].append(percent([float(waits(j, play(j)).mean()) for j in jobs], base))
     for part, found in cells.items():
         yield f"| {part} | {' | '.join(found)} |"
 
@@ -266,14 +255,14 @@ def learning(how: How) -> Iterator[str]:
     scratch = model.unpack(SCRATCH.read_bytes(), A100.moves.geometry)
     models = {"anchor alone": anchor_alone(A100.of), "from the anchor (what ships)": A100.of, "from scratch": scratch}
     cells: dict[str, list[str]] = {name: [] for name in (*models, "from the anchor against the anchor alone")}
-    node = Node(8, depth=300)
+    node = Node(8, depth=DEPTH)
     for name in TOLD:
         shares = workload.mix(name, A100.moves)
         jobs = streams(A100, how, shares, 0.8, 8, limit="exact")
-        base = [float(wait(j, simulate(A100.t, node, baselines.mfi(A100.moves, shares), j)).mean()) for j in jobs]
-        found = [[float(wait(j, own(A100, node, j, of=of)).mean()) for j in jobs] for of in models.values()]
-        for row, waits, against in zip(cells.values(), [*found, found[1]], [base, base, base, found[0]], strict=True):
-            row.append(percent(waits, against))
+        base = [float(waits(j, simulate(A100.t, node, baselines.mfi(A100.moves, shares), j)).mean()) for j in jobs]
+        found = [[float(waits(j, own(A100, node, j, of=of)).mean()) for j in jobs] for of in models.values()]
+        for row, ours, against in zip(cells.values(), [*found, found[1]], [base, base, base, found[0]], strict=True):
+            row.append(percent(ours, against))
     for row, filled in cells.items():
         yield f"| {row} | {' | '.join(filled)} |"
 
@@ -286,14 +275,14 @@ def again(how: How) -> Iterator[str]:
     yield "### Trained again with another seed: 8 GPUs, load 0.8, exponential; mean wait, percent\n"
     yield "| mix | limits | what ships, against MFI | again, against MFI | again, against what ships |"
     yield "|---|---|---|---|---|"
-    node = Node(8, depth=300)
+    node = Node(8, depth=DEPTH)
     for name in names:
         shares = workload.mix(name, moves)
         mfi = baselines.mfi(moves, shares)
         for limit in ("exact", "1to3", "none"):
             jobs = streams(A100, how, shares, 0.8, 8, limit=limit)
-            base = [float(wait(j, simulate(t, node, mfi, j)).mean()) for j in jobs]
-            ours, theirs = ([float(wait(j, own(A100, node, j, of=of)).mean()) for j in jobs] for of in (ships, other))
+            base = [float(waits(j, simulate(t, node, mfi, j)).mean()) for j in jobs]
+            ours, theirs = ([float(waits(j, own(A100, node, j, of=of)).mean()) for j in jobs] for of in (ships, other))
             yield f"| {name} | {limit} | {percent(ours, base)} | {percent(theirs, base)} | {percent(theirs, ours)} |"
     yield "### The same: 2 GPUs, load 0.9, loss mode, exact; share of the gap that is closed, percent\n"
     yield "| mix | what ships | again |"
@@ -332,7 +321,7 @@ def held_out(how: How) -> Iterator[str]:
             for seed in how.seeds[6000 + 10 * i :][:many]:
                 jobs = workload.stream(A100.moves, seed, each, shares, load, gpus, service, limit)
                 mfi = simulate(A100.t, Node(gpus), baselines.mfi(A100.moves, shares), jobs)
-                differences.append(accepted(A100, jobs, own(A100, Node(gpus), jobs)) - accepted(A100, jobs, mfi))
+                differences.append(accepted(A100.t, jobs, own(A100, Node(gpus), jobs)) - accepted(A100.t, jobs, mfi))
             size = "1" if gpus == 1 else "2 and 4" if gpus < 8 else "8 to 32"
             gains.setdefault((service, size), []).append(float(np.mean(differences)))
     everything = [gain for found in gains.values() for gain in found]
@@ -347,11 +336,8 @@ def training_mixes() -> Floats:
     """Every mix that the shipped model has seen in training."""
     from policy import train
 
-    config, seed = A100.of.manifest["made"]["config"], A100.of.manifest["made"]["seed"]
-    found = [shares for _, shares, _ in train.demands(config, A100.moves, seed)]
-    for step in range(config["playing"]["steps"]):
-        found.append(train.draw(config["playing"], A100.moves, step, train.dice(seed, step)).shares)
-    return np.array(found)
+    made = A100.of.manifest["made"]
+    return train.mixes(made["config"], A100.moves, made["seed"])
 
 
 class Compared(NamedTuple):
@@ -382,7 +368,7 @@ def elastic(how: How) -> Iterator[str]:
     yield "### Elastic pool, load of 8 GPUs, limits 1 to 3 times too long: time-average of non-empty GPUs\n"
     yield "| mix | MFI | best baseline | learned | learned less best baseline | repacking bound |"
     yield "|---|---|---|---|---|---|"
-    b, node = A100, Node(60, depth=300, elastic=True)
+    b, node = A100, Node(60, depth=DEPTH, elastic=True)
     without = np.array([0.2, 0.2, 0.2, 0.2, 0.2, 0.0])
 
     def spared(jobs: Jobs, w: World) -> float:
@@ -408,7 +394,7 @@ def large(how: How) -> Iterator[str]:
         shares = workload.mix(name, b.moves)
         for load in (0.85, 0.95):
             jobs = streams(b, how, shares, load, node.gpus, limit="none")
-            found = compared(b, node, shares, jobs, strong, lambda j, w: accepted(b, j, w))
+            found = compared(b, node, shares, jobs, strong, lambda j, w: accepted(b.t, j, w))
             figures = f"{found.mfi:.2f} | {found.best - found.mfi:+.2f} ({found.name}) | {found.ours - found.mfi:+.2f}"
             yield f"| {name} | {load} | {figures} | {interval(found.more, 2)} |"
 
@@ -421,12 +407,12 @@ def reuse(how: How) -> Iterator[str]:
     shares = workload.mix("uniform", A100.moves)
     made, mfis, lazily, eagerly = [], [], [], []
     for jobs in streams(A100, how, shares, 0.7, 8, count=MANY):
-        lazy, eager = (own(A100, Node(8, depth=300, lazy=on), jobs) for on in (True, False))
-        mfi = simulate(A100.t, Node(8, depth=300, lazy=True), baselines.mfi(A100.moves, shares), jobs)
+        lazy, eager = (own(A100, Node(8, depth=DEPTH, lazy=on), jobs) for on in (True, False))
+        mfi = simulate(A100.t, Node(8, depth=DEPTH, lazy=True), baselines.mfi(A100.moves, shares), jobs)
         made.append(float(lazy.created.mean()))
         mfis.append(float(mfi.created.mean()))
-        lazily.append(float(wait(jobs, lazy).mean()))
-        eagerly.append(float(wait(jobs, eager).mean()))
+        lazily.append(float(waits(jobs, lazy).mean()))
+        eagerly.append(float(waits(jobs, eager).mean()))
     yield f"| {np.mean(made):.3f} | {np.mean(mfis):.3f} | {percent(lazily, eagerly)} |"
 
 
@@ -441,7 +427,7 @@ def ahead(how: How) -> Iterator[str]:
         for load in (0.4, 0.8):
             for prewarm in (False, True):
                 node = Node(
-                    8, depth=300, lazy=True, create=0.3 / mean, destroy=0.15 / mean, prewarm=prewarm, spared=1.0
+                    8, depth=DEPTH, lazy=True, create=0.3 / mean, destroy=0.15 / mean, prewarm=prewarm, spared=1.0
                 )
                 runs = [own(A100, node, jobs) for jobs in streams(A100, how, shares, load, 8)]
                 created = np.mean([w.created.mean() for w in runs])
@@ -483,6 +469,8 @@ def measure(part: str, how: How) -> tuple[str, float]:
 
 def main(arguments: list[str]) -> None:
     """Print the tables as they come."""
+    if unknown := set(arguments) - {*PARTS, "--quick", "--tuning", "--write"}:
+        raise SystemExit(f"no part and no option: {' '.join(sorted(unknown))}; the parts are {' '.join(PARTS)}")
     options = [a for a in ("--quick", "--tuning") if a in arguments]
     how = How(seeds.CHECKS, True) if "--quick" in options else How(seeds.TUNING if options else seeds.TEST, False)
     chosen = [a for a in arguments if a in PARTS] or list(PARTS)

@@ -146,7 +146,7 @@ class Reader:
         """The jobs so far. A requeued one counts once, by its last run."""
         last: dict[tuple[str, int, float | None], Run] = {}
         left_out, false = Counter[str](), Counter(self.false)
-        for run, (_, _) in self.granted.items():
+        for run in self.granted:
             if run in self._dropped:
                 continue
             if run not in self.ended:

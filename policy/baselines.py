@@ -52,7 +52,8 @@ def best_fit_least_blocking(moves: Transitions, shares: Floats) -> Rule:
 
 
 def mfi(moves: Transitions, shares: Floats) -> Rule:
-    """Minimum fragmentation increment: where `fragmentation` grows least."""
+    """Minimum fragmentation increment: where `fragmentation` grows least. The rule of Zambianco, Fasol and
+    Doriguzzi-Corin (arXiv:2511.18906), the measure written after their abstract: theirs may differ in detail."""
     t = tabulate(moves)
     return rule(t, -growth(t, fragmentation(moves)))
 
@@ -70,8 +71,8 @@ def best_fit_mfi(moves: Transitions, shares: Floats) -> Rule:
 
 
 def fgd(moves: Transitions, shares: Floats) -> Rule:
-    """Fragmentation gradient descent, ties to the fullest GPU: where the free slices of a GPU that has no place for a
-    request, as expected over the mix, grow least."""
+    """Fragmentation gradient descent (Weng et al., USENIX ATC 2023), ties to the fullest GPU: where the free slices of
+    a GPU that has no place for a request, as expected over the mix, grow least."""
     t = tabulate(moves)
     stranded = ((t.slots - t.memory)[:, None] * (1 - t.fits)) @ shares
     return rule(t, -FIRST * growth(t, stranded) - free(t))

@@ -1,4 +1,6 @@
-"""The learned policy as a rule of the simulator, with demand and times given or estimated from what a node has seen."""
+"""What a run of the simulator has come to; and the learned policy as one of its rules, with demand and times given, or
+estimated from what a node has seen.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import numpy as np
 from policy import model
 from policy.model import PRIOR, Model, Times
 from policy.rules import Rule, Tables, by_value, tables
-from policy.simulator import NONEMPTY, Node, World, advance, finish, simulate, world
+from policy.simulator import NONEMPTY, NOW, Node, World, advance, finish, simulate, world
 from policy.transitions import Transitions
 from policy.workload import UNKNOWN, Floats, Jobs, stream
 from rms.planner import Demand, Ended, View
@@ -20,11 +22,25 @@ REMEMBERED = 256
 compares them."""
 TURN = 64
 """Arrivals between two estimates in a simulation. The runtime makes one for every decision."""
+DEPTH = 300
+"""How many waiting jobs backfill looks at, in training, in tables and in `rms simulate`."""
 SECONDS = 3600.0
 """A mean duration: two limits are the same one to the second."""
 NOTHING = Request(())
 BLIND = Times()
 """Nothing is known of times."""
+
+
+def waits(jobs: Jobs, w: World) -> Floats:
+    """The wait of each row, less the first twentieth: they came to an empty node."""
+    return np.asarray((w.start - jobs.submit)[len(w.start) // 20 :])
+
+
+def accepted(t: Tables, jobs: Jobs, w: World) -> float:
+    """In loss mode the memory slices that were accepted, in percent of the offered; less the first twentieth."""
+    cut = slice(len(w.gpu) // 20, None)
+    slices = t.profile_memory[jobs.profile][cut]
+    return float(100 * (slices * (w.gpu >= 0)[cut]).sum() / slices.sum())
 
 
 def learned(moves: Transitions, shares: Floats, gpus: int, of: Model | None = None, known: Times = BLIND) -> Rule:
@@ -81,7 +97,7 @@ def simulate_estimating(
         if pending:
             seen += np.bincount(jobs.profile[past][np.isnan(start)], minlength=profiles)
         end = start + jobs.duration[past]
-        over = latest(np.where(end <= w.clock[0], end, np.nan))
+        over = latest(np.where(end <= w.clock[NOW], end, np.nan))
         known = seen_times(of, jobs.limit[past][over], jobs.duration[past][over])
         gpus = max(1, int(w.tally[NONEMPTY])) if node.elastic else node.gpus // node.nodes
         return learned(moves, estimated(of.prior, seen), gpus, of, known)

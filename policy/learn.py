@@ -2,10 +2,10 @@
 
 The first half of a log's jobs is what the challenger is trained on: streams of jobs drawn from it, at its load, in the
 simulator, where cross-entropy search moves what demand the net takes this site's for, and how far ahead it looks. Those
-are seven numbers; a search over the 24 biases of the last hidden layer found no more, and took longer. The second half
-is replayed with champion and challenger, the jobs submitted at the same times; `gate` looks at nothing but those pairs
-of waits, and at the made-up mixes that RMS is measured on. Whoever was swapped in is watched: the next time the jobs
-since then are replayed with it and with what it replaced.
+are seven numbers on an A100; a search over the 24 biases of the last hidden layer found no more, and took longer. The
+second half is replayed with champion and challenger, the jobs submitted at the same times; `gate` looks at nothing but
+those pairs of waits, and at the made-up mixes that RMS is measured on. Whoever was swapped in is watched: the next time
+the jobs since then are replayed with it and with what it replaced.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import numpy as np
 import rms
 from policy import audits, evaluate, model, rules, seeds, transitions, workload
 from policy.audits import Logs
+from policy.evaluate import DEPTH
 from policy.model import Model, ModelError, Times
 from policy.shelf import Shelf
 from policy.simulator import Node, simulate
-from policy.study import DEPTH
 from policy.transitions import Transitions
 from policy.workload import Bools, Floats, Ints, Jobs
 from rms import geometry
@@ -59,6 +59,7 @@ USERS_SHARE = 0.25
 STREAMS, LENGTH = 16, 8000
 """Of a round of training: streams of jobs, and jobs in each."""
 CANDIDATES, ELITE = 24, 6
+"""Of a round: what is tried, and of that what the next round begins from."""
 EIGHT = (0.8, 8)
 """Load and GPUs of the made-up mixes."""
 SUITE_JOBS = 100_000
@@ -301,6 +302,7 @@ def train(log: Log, first: int, starts: Sequence[Model], rounds: int, seed: int,
 
     games = fresh()
     start = min(starts, key=lambda of: mean_wait(moves, of, games[0]))
+    # Of the shifts of the shares, and of the logarithm of the foresight.
     middle, spread = np.zeros(len(seen) + 1), np.array([*[0.15] * len(seen), 0.4])
     for turn in range(rounds):
         base = [mean_wait(moves, starts[-1], g) for g in games]
@@ -313,6 +315,7 @@ def train(log: Log, first: int, starts: Sequence[Model], rounds: int, seed: int,
             own, *others = (mean_wait(moves, of, g) / max(was, 1e-9) for g, was in zip(games, base, strict=True))
             scores.append(own + 2 * max(0.0, sum(others) / len(others) - 1.0))
         best = tried[np.argsort(scores)[:ELITE]]
+        # Smoothed, and never so narrow that nothing is tried any more.
         middle = 0.3 * middle + 0.7 * best.mean(axis=0)
         spread = np.maximum(0.3 * spread + 0.7 * best.std(axis=0), 0.03)
         games = fresh()  # others in each round: what is learned is the workload, not these jobs

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 WEIGHTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights")
 MAGIC = b"RMS policy 2\n"
 MOST_BYTES = 1 << 20
-"""The largest file that is read; the shipped one has 20 kB."""
+"""The largest file that is read; the larger one of those that ship has 31 kB."""
 PRIOR = 32.0
-"""How many requests the shipped prior counts for in the estimate of the demand."""
+"""How many requests a model's prior counts for in the estimate of the demand."""
 SAME = 1.0
 """Limits that differ by less (seconds) are the same one."""
 GUESSES = 3
@@ -119,10 +119,10 @@ def pack(
     prior: Sequence[float],
     rule: Mapping[str, float],
     made: Mapping[str, Any],
-    trained: Sequence[Sequence[float]] | None = None,
+    trained: Sequence[Sequence[float]],
 ) -> bytes:
-    """The bytes of a model file. `rule` has foresight, reuse and stranding, `made` is for people: how it came to be.
-    `trained` is as in `Model`; None where it was trained on whatever there is."""
+    """The bytes of a model file. `rule` has foresight, reuse and stranding, `made` is for people: how it came to be;
+    the rest is as in `Model`."""
     weights = array("f", [w for rows, biases in layers for row in (*rows, biases) for w in row])
     arrays = (array("I", moves.held), array("B", moves.classes), weights)
     if sys.byteorder == "big":
@@ -134,7 +134,7 @@ def pack(
         "states": len(moves.held),
         "shape": [len(layers[0][0][0]), *(len(biases) for _, biases in layers)],
         "prior": list(prior),
-        "trained": [list(pair) for pair in trained or [(0.0, 1.0)] * len(prior)],
+        "trained": [list(pair) for pair in trained],
         **rule,
         "made": made,
     }
@@ -172,9 +172,7 @@ def unpack(data: bytes, geometry: Geometry) -> Model:
         plain = [p for p in geometry.profiles if p.plain]
         prior = tuple(map(float, manifest["prior"]))
         foresight, reuse, stranding = (float(manifest[name]) for name in ("foresight", "reuse", "stranding"))
-        trained = tuple(
-            (float(least), float(most)) for least, most in manifest.get("trained", [(0.0, 1.0)] * len(plain))
-        )
+        trained = tuple((float(least), float(most)) for least, most in manifest["trained"])
         whole = at == len(weights) and len(held) == len(classes) == states and 2 * (max(classes) + 1) == shape[-1]
         if not whole or not len(prior) == len(trained) == len(plain) == shape[0] - 1:
             raise ModelError("is damaged")

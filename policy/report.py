@@ -1,4 +1,5 @@
-"""What `rms simulate` shows: a table, and a page of its own with pictures (inline SVG, nothing is fetched)."""
+"""What `rms simulate` shows: a table, and a page of its own with pictures (inline SVG, nothing is fetched). Training
+draws its curves with the same."""
 
 from __future__ import annotations
 

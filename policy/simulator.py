@@ -83,6 +83,10 @@ class World(NamedTuple):
     By job: `start` (nan as long as it has none), `gpu` and `placement` (-1), how many instances were `created` and
     `destroyed` for it, how long that was its `delay`, and how often it was `misplaced`; a job of several instances has
     that many rows, as in `Jobs`.
+    `times` and `codes` are the heap of events (`push`, `pop`). `follower` and `leader` link those that wait, in order
+    of submission; a job is tried again from `ready` on. `tally` and `clock` are the rest (their places are named
+    above). The others only spare a function an array of its own: `planned` for `lacking`, `spots` and `placed` for
+    `fit`, `path`, `weight`, `leaver` and `left` for `foresee`, `gains` for `decide`.
     """
 
     state: Array

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from policy import baselines, bounds, evaluate, model, rules, seeds, simulator, traces, transitions, workload
+from policy.evaluate import DEPTH
 from policy.rules import Rule
 from policy.simulator import Node
 from policy.transitions import Transitions
@@ -17,8 +18,6 @@ from policy.workload import Floats, Jobs
 from rms import geometry
 from rms.errors import RequestError
 
-DEPTH = 300
-"""How many waiting jobs backfill looks at."""
 MODES = {
     "queue": Node(1, depth=DEPTH, lazy=True),
     "loss": Node(1, lazy=True),
@@ -40,8 +39,6 @@ BOUNDS: dict[str, tuple[Bound, tuple[str, ...]]] = {
 }
 """What --policy takes besides the policies, with the modes that it is for."""
 
-Maker = Callable[[Transitions, Floats, float], Rule]
-"""Makes a rule for a GPU model, the shares of the mix and the load."""
 Progress = Callable[[str, float], None]
 
 
@@ -50,16 +47,11 @@ def slug(name: str) -> str:
     return re.sub("[^a-z0-9]+", "-", name.lower().replace("'s", "")).strip("-")
 
 
-def baseline(name: str) -> Maker:
-    """A baseline as a maker; none of them looks at the load."""
-    return lambda moves, shares, load: baselines.ALL[name](moves, shares)
-
-
 LEARNED = "learned"
 """The shipped model, which estimates demand and times from the jobs that it has seen, as on a node."""
-POLICIES: dict[str, Maker] = {
-    "built-in": baseline("best-fit, least-blocking slot"),
-    **{slug(name): baseline(name) for name in baselines.ALL},
+POLICIES: dict[str, Callable[[Transitions, Floats], Rule]] = {
+    "built-in": baselines.best_fit_least_blocking,
+    **{slug(name): make for name, make in baselines.ALL.items()},
 }
 """What --policy takes, besides the bounds and the learned one."""
 
@@ -186,7 +178,7 @@ def run(scenario: Scenario, policy: str, progress: Progress) -> Result:
             moves, t, pool, of, jobs, turn=turn, progress=lambda done: progress(policy, done)
         )
         return measured(scenario, policy, w.start, w.created, w)
-    rule = POLICIES[policy](moves, scenario.shares, scenario.load)
+    rule = POLICIES[policy](moves, scenario.shares)
     w = simulator.world(t, pool, len(jobs.submit))
     for step in range(STEPS):
         progress(policy, step / STEPS)

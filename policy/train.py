@@ -2,12 +2,13 @@
 
 The policy puts an instance where the sum of `value(mix)[class]` over the node's GPUs grows most. Its logits are those
 gains; training is policy gradient, on the states that the policy itself visits, with the exact advantage of every
-choice from the optimum of nodes of 2 and 3 GPUs (`policy.exact`): by the performance-difference lemma the loss is the
-acceptance that the policy loses against the optimum.
+choice from the optimum of nodes of 1, 2 and 3 GPUs (`policy.exact`): by the performance-difference lemma (Kakade and
+Langford, ICML 2002) the loss is the acceptance that the policy loses against the optimum. Then the value over time is
+learned by playing on larger nodes, where nothing can be solved (`play`).
 
 Fitting the optimum's values by least squares instead closed between -12 and 97 % of the gap from MFI to the optimum
-with 2 GPUs; this closes 95 to 99 % with the same 100 numbers: what counts is the order of a few choices in the states
-that occur, not the value of all.
+with 2 GPUs; this closes 96 to 99 % with the same 100 numbers: what counts is the order of a few choices in the states
+that occur, not the value of all (docs/policy.md has what was measured and tried).
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import json
 import time
 import tomllib
 from collections.abc import Callable, Iterator
-from math import comb
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,8 +31,10 @@ from policy.transitions import Transitions
 from policy.workload import Floats, Jobs
 from rms.errors import RequestError
 
-EVENTS = 4
-"""How many events each chain goes on between two looks at it."""
+EVENTS, FIRST_EVENTS = 4, 40
+"""How many events each chain goes on between two looks at it; and before the first one, since nodes begin empty."""
+MOST_SOLVED = 4
+"""GPUs of a solved node at most: that has 4.4 million states (`policy.exact.optimum`)."""
 SAVE_EVERY = 500
 """Steps between two checkpoints, and two points of the learning curve."""
 LOOK_EVERY = 20
@@ -85,8 +87,8 @@ class Game(NamedTuple):
 
 
 class Net(torch.nn.Module):
-    """Two values of every class of states, from the shares of the profiles and the number of GPUs (`inputs`): at a
-    moment, and (`timed`) for integrating over the times that are known. They differ in their last layer."""
+    """Two values of every class of states, from the shares of the profiles and whether the GPU is alone (`inputs`): at
+    a moment, and (`timed`) for integrating over the times that are known. They differ in their last layer."""
 
     def __init__(self, profiles: int, hidden: int, rank: int, classes: int) -> None:
         super().__init__()
@@ -126,8 +128,7 @@ def noticed(b: Board, anchor: Anchor, nodes: Array, lost: float) -> Floats:
 def board(moves: Transitions) -> Board:
     """What training needs to know of a GPU model."""
     after, before = exact.merged(moves)
-    binomials = np.array([[comb(n, k) for k in range(5)] for n in range(len(after) + 4)], dtype=np.int64)
-    return Board(moves, after, before, binomials)
+    return Board(moves, after, before, exact.pascal(len(after), MOST_SOLVED))
 
 
 def demands(config: dict[str, Any], moves: Transitions, seed: int) -> Iterator[tuple[int, Floats, float]]:
@@ -265,7 +266,7 @@ def imitate(config: dict[str, Any], seed: int, folder: Path, device: str = "cpu"
         losses = []
         for i, of in zip(picked, values, strict=True):
             greedy = of.detach().cpu().numpy().astype(np.float64)
-            for _ in range(EVENTS if done > 0 else 40):  # from empty nodes at first
+            for _ in range(EVENTS if step else FIRST_EVENTS):
                 go_on(b, solved[i], chains[i], greedy, rng)
             losses.append(loss_of(of, look(b, solved[i], chains[i]), solved[i].asked.arrivals, temperature))
         loss = torch.stack(losses).mean()
@@ -296,9 +297,9 @@ def imitate(config: dict[str, Any], seed: int, folder: Path, device: str = "cpu"
 def play(config: dict[str, Any], seed: int, net: Net, folder: Path, progress: Progress = silent) -> Net:
     """Learn the value for integrating over time where nothing is solved: by the waits on whole nodes with a queue.
 
-    Evolution strategies on the values, from there on backwards through the net: for one mix at a time, two runs over
-    the same jobs with the values moved a little one way and the other tell which way is better. The result lies
-    between the start and the mean of the last weights, which has noise in it. Goes on from the checkpoint in `folder`.
+    Evolution strategies on the values (`slope`), for one mix at a time, and from there on backwards through the net.
+    The result lies between the start and the mean of the last weights, which has noise in it. Goes on from the
+    checkpoint in `folder`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     moves = transitions.load(config["model"])
@@ -323,14 +324,9 @@ def play(config: dict[str, Any], seed: int, net: Net, folder: Path, progress: Pr
         values = net(torch.tensor(inputs(game.shares, game.gpus), device=device), timed=True)
         centre = values.detach().cpu().numpy().astype(np.float64)
         reach = options["noise"] * centre.std()
-        slope = np.zeros(len(centre))
-        for _ in range(options["pairs"]):
-            noise = rng.normal(size=len(centre))
-            jobs = stream(moves, game, options["jobs"], int(rng.integers(len(seeds.TRAINING))))
-            more, less = (waits(config, moves, game, jobs, centre + way * reach * noise) for way in (1, -1))
-            slope += noise * (more - less) / (more + less)
+        gradient = slope(config, moves, game, centre, reach, rng) / options["pairs"] / reach
         optimiser.zero_grad()
-        values.backward(torch.from_numpy(slope / options["pairs"] / reach).float().to(device))
+        values.backward(torch.from_numpy(gradient).float().to(device))
         optimiser.step()
         for name, value in net.timed.state_dict().items():
             mean[name].lerp_(value, 1 / min(step + 1, options["averaged"]))
@@ -350,6 +346,22 @@ def play(config: dict[str, Any], seed: int, net: Net, folder: Path, progress: Pr
     start = net.layers[-1].state_dict()
     net.timed.load_state_dict({name: start[name].lerp(value, options["kept"]) for name, value in mean.items()})
     return net
+
+
+def slope(
+    config: dict[str, Any], moves: Transitions, game: Game, value: Floats, reach: float, rng: np.random.Generator
+) -> Floats:
+    """In which direction of the values the mean wait grows: the sum over pairs of runs, each over the same jobs with
+    the values moved by the same noise, `reach` times, one way and the other (antithetic sampling; Salimans et al.,
+    arXiv:1703.03864)."""
+    options = config["playing"]
+    found = np.zeros(len(value))
+    for _ in range(options["pairs"]):
+        noise = rng.normal(size=len(value))
+        jobs = stream(moves, game, options["jobs"], int(rng.integers(len(seeds.TRAINING))))
+        more, less = (waits(config, moves, game, jobs, value + way * reach * noise) for way in (1, -1))
+        found += noise * (more - less) / (more + less)
+    return found
 
 
 def dice(seed: int, step: int) -> np.random.Generator:
@@ -378,8 +390,8 @@ def waits(config: dict[str, Any], moves: Transitions, game: Game, jobs: Jobs, va
     guesses = model.GUESSES if ratios[0] < ratios[-1] else 1
     foresight = config["rule"]["foresight"]
     rule = rules.by_value(t, value[np.array(moves.classes)], foresight, ratios=ratios, draws=guesses)
-    w = simulator.simulate(t, Node(game.gpus, depth=300), rule, jobs)
-    return float((w.start - jobs.submit)[len(w.start) // 20 :].mean())
+    w = simulator.simulate(t, Node(game.gpus, depth=evaluate.DEPTH), rule, jobs)
+    return float(evaluate.waits(jobs, w).mean())
 
 
 def examine(config: dict[str, Any], moves: Transitions, net: Net) -> float:
@@ -424,11 +436,15 @@ def run(config_path: str, seed: int, out: str, folder: str, device: str = "cpu",
     Path(out).write_bytes(data)
 
 
+def mixes(config: dict[str, Any], moves: Transitions, seed: int) -> Floats:
+    """The shares of all mixes that are trained on, [mix, profile]."""
+    games = (draw(config["playing"], moves, i, dice(seed, i)) for i in range(config["playing"]["steps"]))
+    return np.array([*(shares for _, shares, _ in demands(config, moves, seed)), *(game.shares for game in games)])
+
+
 def trained(config: dict[str, Any], moves: Transitions, seed: int) -> list[list[float]]:
     """The least and the largest share of each profile in all mixes that were trained on."""
-    games = (draw(config["playing"], moves, i, dice(seed, i)) for i in range(config["playing"]["steps"]))
-    mixes = np.array([*(shares for _, shares, _ in demands(config, moves, seed)), *(game.shares for game in games)])
-    return [[float(x.min().round(6)), float(x.max().round(6))] for x in mixes.T]
+    return [[float(x.min().round(6)), float(x.max().round(6))] for x in mixes(config, moves, seed).T]
 
 
 def commit() -> str:

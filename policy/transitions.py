@@ -38,7 +38,7 @@ class Transitions:
             tuple(number[frozenset(state) - {p}] if p in state else -1 for p in self.placements)
             for state in self.states
         )
-        self.classes = refine(self, [0] * len(self.states))
+        self.classes = equivalent(self)
 
     def number(self, held: Layout) -> int:
         """The state that holds exactly these placements."""
@@ -52,10 +52,11 @@ class Transitions:
         return sum(placement.mask for placement in self.states[state])
 
 
-def refine(transitions: Transitions, seen: list[int]) -> tuple[int, ...]:
-    """The coarsest classes in which states agree on `seen`, on what each profile can lead to, and on what each
-    departure leads to: a Markov decision process on the classes is then exact (a bisimulation)."""
-    classes, count = list(seen), len(set(seen))
+def equivalent(transitions: Transitions) -> tuple[int, ...]:
+    """The class of each state: the coarsest classes in which states agree on the classes that each profile can lead to,
+    and on those that each departure leads to. A Markov decision process on the classes is then exact (a bisimulation).
+    Found by refining: all states in one class at first, split until nothing changes."""
+    classes, count = [0] * len(transitions.states), 1
     while True:
         keys: dict[object, int] = {}
         finer = []

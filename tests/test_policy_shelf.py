@@ -25,7 +25,7 @@ def changed(by: float = 1.0, **rule: float) -> bytes:
     *layers, (rows, biases) = of.layers
     scaled = ([[by * w for w in row] for row in rows], [by * b for b in biases])
     known = {"foresight": of.foresight, "reuse": of.reuse, "stranding": of.stranding}
-    return model.pack(A100, [*layers, scaled], of.prior, {**known, **rule}, {})
+    return model.pack(A100, [*layers, scaled], of.prior, {**known, **rule}, {}, of.trained)
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +138,8 @@ def test_a_model_of_other_states_or_another_board_is_refused() -> None:
         shelf.check(SHIPPED.read_bytes(), geometry.load("A30"))
     fewer = transitions.Transitions(A100.geometry)
     fewer.held, fewer.classes = fewer.held[:-1], fewer.classes[:-1]
-    data = model.pack(fewer, of.layers, of.prior, {"foresight": 0.5, "reuse": 0.0, "stranding": 0.0}, {})
+    rule = {"foresight": 0.5, "reuse": 0.0, "stranding": 0.0}
+    data = model.pack(fewer, of.layers, of.prior, rule, {}, of.trained)
     with pytest.raises(model.ModelError, match="has not the states"):
         shelf.check(data, A100.geometry)
 
