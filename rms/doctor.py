@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
-from rms import fence, geometry
+from rms import fence, geometry, grant
 from rms.config import Config
 from rms.device import DeviceError
 from rms.errors import NodeError
@@ -84,10 +85,11 @@ def _access(device: NvmlDevice, board: Board, state: State) -> Iterator[str]:
 
 def directories(config: Config) -> Iterator[str]:
     """What is wrong with the directories that every MIG job needs, and with that of the audit log."""
-    try:
-        Store(config.state_dir, 0.0).check()
-    except NodeError as error:
-        yield str(error)
+    for check in (Store(config.state_dir, 0.0).check, partial(grant.directory, config.run_dir, make=False)):
+        try:
+            check()
+        except NodeError as error:
+            yield str(error)
     logs = os.path.dirname(config.audit_log)
     if not os.access(logs, os.W_OK):
         yield f"nothing can be written to {logs}, where the audit log belongs (etc/tmpfiles.d/rms.conf makes it)"

@@ -39,12 +39,14 @@ class Grant(NamedTuple):
     uuids: tuple[str, ...] = ()
 
 
-def directory(run_dir: str) -> str:
+def directory(run_dir: str, make: bool = True) -> str:
     """The directory of the files, made if missing. Raises NodeError if a user could have put something in its place."""
     path = os.path.join(run_dir, "jobs")
     try:
         for place in (run_dir, path):
             if not os.path.lexists(place):
+                if not make:
+                    break
                 os.makedirs(place, exist_ok=True)
                 # Whatever our umask: each user's TaskProlog reads here, only root writes.
                 os.chmod(place, 0o755)  # noqa: S103

@@ -173,6 +173,20 @@ def test_directories_that_nobody_has_made(fast_dir: Path, rms: Rms, monkeypatch:
         "(etc/tmpfiles.d/rms.conf makes it)",
     ]
     assert len(json.loads(rms("doctor", "--json", code=6)[0])["directories"]) == 2
+    assert not (other.root / "run").exists(), "nothing is made"
+
+
+@pytest.mark.parametrize("place", ["run", "run/jobs"])
+def test_a_directory_of_the_grants_that_others_can_write(
+    fast_dir: Path, rms: Rms, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Found before the first job's Prolog does, which drains the node for it."""
+    other = Node(fast_dir / "other")
+    monkeypatch.setenv("RMS_CONFIG", str(other.toml))
+    (other.root / "run" / "jobs").mkdir(parents=True, mode=0o755)
+    (other.root / place).chmod(0o777)
+    (line,) = rms("doctor", code=6)[0].splitlines()
+    assert line.startswith(f"! {other.root / place} must be a directory of root's own")
 
 
 # MIG mode.
