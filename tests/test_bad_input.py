@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import controller as local
 from rms import cli, config, geometry, grant, inventory
-from rms.errors import RequestError
+from rms.errors import NodeError, RequestError
 from rms.inventory import Run
 from rms.request import COMMENT_TAG, MAX_BYTES, parse, parse_comment, printable
 from rms.store import Store
@@ -411,6 +411,8 @@ def test_a_directory_of_the_grants_that_others_can_write(busy: Node, place: str,
         there.chmod(0o775 if "group" in change else 0o777)
     busy.marker(1).write_text("ended 0\n")  # as whoever can write would end the runs of others
     refused(busy, NODE, *ACQUIRE, "--request=1g", says=f"{there} must be a directory of root's own")
+    with pytest.raises(NodeError, match="must be a directory of root's own"):
+        busy.reconcile()
     assert busy.state().of_run(Run("cluster", 1, 0))
     os.chown(there, 0, 0)
     there.chmod(0o755)
