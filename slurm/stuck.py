@@ -40,12 +40,9 @@ def _at_work(job: int) -> bool:
     """Whether root has any process for a job: the site may have more Prologs than ours. A user's own says nothing."""
     wanted = f"SLURM_JOB_ID={job}".encode()
     for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
-        with suppress(OSError):
-            if not fence.roots(pid):
-                continue  # and not read: where a user's memory is a file of FUSE, the answer may never come
-            with open(f"/proc/{pid}/environ", "rb") as file:
-                if wanted in file.read().split(b"\0"):
-                    return True
+        with suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
+            if wanted in file.read().split(b"\0") and fence.roots(pid):
+                return True
     return False
 
 
