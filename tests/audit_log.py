@@ -52,7 +52,8 @@ def lines(
     w = evaluate.simulate_estimating(A100, t, node, of, made, pending=True)
     unit = 3600 * hours
     ends = w.start + made.duration
-    begin = time.time() - 3600 - unit * float(ends.max())
+    # To the second: submit times are whole seconds, so with its fraction the log would be another one at each call.
+    begin = int(time.time()) - 3600 - unit * float(ends.max())
     whose = np.random.default_rng(1).integers(users, size=len(made.submit))
     moments = sorted([(e, 0, j) for j, e in enumerate(ends)] + [(s, 1, j) for j, s in enumerate(w.start)])
     for moment, what, j in moments:
