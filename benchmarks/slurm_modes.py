@@ -37,14 +37,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import records  # noqa: E402
+import slurm_waits  # noqa: E402
 import tables  # noqa: E402
 from rms_cluster import rms_cluster  # noqa: E402
-from throwaway import PATH, SCHEDULER, Cluster  # noqa: E402
+from slurm_waits import CREDENTIAL, MODEL, Ran, Refusal, Run, mean  # noqa: E402
+from throwaway import PATH, Cluster  # noqa: E402
 
 import controller  # noqa: E402
 from rms import geometry, planner  # noqa: E402
 
-MODEL = "A100-80GB"
 SHARDS = {"1g": 13, "2g": 26, "3g": 48, "4g": 52, "7g": 100}
 """The profiles of the mix, and how many of the 100 shards of a GPU each is worth: together they are more than 100
 exactly where the compute or the memory slices are too many (tests/test_bench_slurm.py tries all)."""
@@ -62,50 +63,10 @@ OURS = (
 )
 """The messages that hooks send by Slurm's commands; while jobs run the benchmark itself sends none of them."""
 FIRST_SEED = 7
-CREDENTIAL = 5
-"""cred_expire of these clusters, in seconds: as short as Slurm takes it."""
 LOGGING = "SlurmctldDebug=info\n"
 """Slurm's own default; a line for each message and each job looked at would be in the times."""
 STALLED = 180.0
 """Seconds beside a job's own in which at least one must end."""
-
-
-class Ran(NamedTuple):
-    """A job of the overload: when (epoch) it was submitted, could start, was let in by slurmctld (the last time; None
-    where its log does not say so: 26.05 says it of the main scheduler only), and wrote its first and its last line.
-
-    It `could` once its slices were free: after its submission, and the last end of a job that had them. None where that
-    is not known, or where it was sent back and had to wait for something else.
-    """
-
-    request: str
-    node: str
-    submit: float
-    could: float | None
-    let_in: float | None
-    start: float
-    end: float
-
-
-class Run(NamedTuple):
-    """One mode and seed. Times are seconds, but for `rpc_ms` and `passes_ms`: slurmctld's own, per job. None where a
-    mode has no such thing. `idle` has for each job of that load the time from when it could start to its first line."""
-
-    slurm: str
-    mode: str
-    seed: int
-    dispatches: int
-    misplaced: int
-    without: int | None
-    drained: int
-    total: float
-    idle: list[float] | None
-    rate: float | None
-    rpcs: float | None
-    rpc_ms: float | None
-    passes_ms: float
-    load: float
-    ran: list[Ran]
 
 
 def overload(count: int, seed: int, between: tuple[float, float]) -> list[tuple[str, float]]:
@@ -156,9 +117,14 @@ def over(jobs: Mapping[int, Submitted], longest: float) -> dict[int, records.Rec
 
 
 def audit(slurm: Cluster) -> list[dict[str, Any]]:
-    """All nodes' audit logs."""
-    logs = [slurm.root / node / "audit.jsonl" for node in slurm.nodes]
-    return [json.loads(line) for log in logs if log.exists() for line in log.read_text().splitlines()]
+    """All nodes' audit logs, each line with its node."""
+    logs = {node: slurm.root / node / "audit.jsonl" for node in slurm.nodes}
+    return [
+        {**json.loads(line), "node": node}
+        for node, log in logs.items()
+        if log.exists()
+        for line in log.read_text().splitlines()
+    ]
 
 
 def first(slurm: Cluster) -> None:
@@ -246,6 +212,7 @@ def with_rms(mode: str, seed: int, options: argparse.Namespace) -> Run:
         slurm.wait_all(120)
         events = [event for event in audit(slurm) if event["t"] >= began]
         sent_back = [int(event["run"][1]) for event in events if event["event"] == "refused"]
+        known = let_in(slurm)
         free = freed(judged(slurm, list(found.values())))
         return Run(
             version(slurm),
@@ -262,22 +229,44 @@ def with_rms(mode: str, seed: int, options: argparse.Namespace) -> Run:
             sum(took for _, took in messages.values()) * 1e3 / options.jobs,
             passes * 1e3 / options.jobs,
             busy,
-            ran(slurm, jobs, found, {j: None if j in sent_back else free[j] for j in found}),
+            refusals(events, known),
+            ran(known, jobs, found, {j: None if j in sent_back else free[j] for j in found}),
         )
 
 
+def let_in(slurm: Cluster) -> dict[int, list[float]]:
+    """When slurmctld let each job in, as often as it did, as far as its log says so."""
+    line = r"^\[(\S+)\] sched(?:: Allocate|/backfill: _start_job: Started) JobId=(\d+) "
+    found: dict[int, list[float]] = {}
+    for at, job in re.findall(line, (slurm.log / "slurmctld.log").read_text(), re.MULTILINE):
+        found.setdefault(int(job), []).append(datetime.fromisoformat(at).timestamp())
+    return found
+
+
+def refusals(events: Sequence[Mapping[str, Any]], let_in: Mapping[int, Sequence[float]]) -> list[Refusal]:
+    """The jobs that were sent back, as far as slurmctld's log says when they were let in."""
+    over = {tuple(event["run"]): event["t"] for event in events if event["event"] == "release"}
+    found = []
+    for event in events:
+        if event["event"] == "refused" and (end := over.get(tuple(event["run"]))):
+            before = [at for at in let_in.get(event["run"][1], ()) if at <= event["t"]]
+            found += [Refusal(event["node"], before[-1], end)] if before else []
+    return found
+
+
 def ran(
-    slurm: Cluster, jobs: Mapping[int, Submitted], found: Mapping[int, records.Record], free: Mapping[int, float | None]
+    let_in: Mapping[int, Sequence[float]],
+    jobs: Mapping[int, Submitted],
+    found: Mapping[int, records.Record],
+    free: Mapping[int, float | None],
 ) -> list[Ran]:
     """What became of the jobs, whose slices were `free` then."""
-    started = r"^\[(\S+)\] sched(?:: Allocate|/backfill: _start_job: Started) JobId=(\d+) "
-    lines = re.findall(started, (slurm.log / "slurmctld.log").read_text(), re.MULTILINE)
-    let_in = {int(job): datetime.fromisoformat(at).timestamp() for at, job in lines}
     rows = []
     for number, wrote in found.items():
         job, at = jobs[number], free[number]
         could = None if at is None else max(job.at, at)
-        rows.append(Ran(job.request, wrote.node, job.at, could, let_in.get(number), wrote.start, wrote.end))
+        last = let_in[number][-1] if number in let_in else None
+        rows.append(Ran(job.request, wrote.node, job.at, could, last, wrote.start, wrote.end))
     return rows
 
 
@@ -340,7 +329,8 @@ def on_shards(seed: int, options: argparse.Namespace) -> Run:
                 None,
                 passes * 1e3 / options.jobs,
                 busy,
-                ran(slurm, jobs, found, dict.fromkeys(found)),
+                [],
+                ran(let_in(slurm), jobs, found, dict.fromkeys(found)),
             )
 
 
@@ -388,73 +378,7 @@ def elsewhere(mode: str, options: argparse.Namespace) -> list[Run]:
             "seeds": len(options.seeds)}  # fmt: skip
     words = [f"--{name}={value}" for name, value in same.items()]
     runs = in_chroot("slurm_modes.py", f"--modes={mode}", "--json", *words)
-    return [Run(**{**run, "ran": [Ran(*job) for job in run["ran"]]}) for run in runs]
-
-
-class Latency(NamedTuple):
-    """Of one run, in seconds: from when each job could start to its first line; of these the ones in which nothing else
-    started on its node; and of the others, from the last start on its node before it to its own. `ending`: of `alone`,
-    where a job had ended before, the part until slurmctld let the next one in."""
-
-    all: list[float]
-    alone: list[float]
-    behind: list[float]
-    ending: list[float]
-
-
-def latency(ran: Sequence[Ran]) -> Latency:
-    """Taken apart, job by job."""
-    found = Latency([], [], [], [])
-    for job in ran:
-        if job.could is not None:
-            last = max((one.start for one in ran if one.node == job.node and one.start < job.start), default=0.0)
-            found.all.append(job.start - job.could)
-            (found.behind if last > job.could else found.alone).append(job.start - max(last, job.could))
-            if job.let_in is not None and last <= job.could and job.could > job.submit:
-                found.ending.append(job.let_in - job.could)
-    return found
-
-
-def simulated(run: Run, options: argparse.Namespace, known: float, token: float, ending: float) -> float:
-    """The mean wait of the same jobs in `policy.simulator`, where what happens is `known` to slurmctld so many seconds
-    later, the next job starts on a node `token` seconds after another, and none while one is ending, so long.
-
-    They are submitted when they were and run for as long as they did; nodes decide by the shipped policy, and Slurm's
-    passes over the queue are what they are with the bf_interval of these clusters.
-    """
-    import numpy as np  # not in the chroot
-
-    from policy import evaluate, model, rules, simulator, traces, transitions
-    from policy.workload import Jobs
-
-    moves = transitions.load(MODEL)
-    numbers = traces.accepted(moves)
-    jobs = sorted(run.ran, key=lambda job: job.submit)
-    submit = np.array([job.submit - jobs[0].submit for job in jobs])
-    duration = np.array([job.end - job.start for job in jobs])
-    pool = simulator.Node(options.nodes * options.gpus, depth=len(jobs), lazy=True, nodes=options.nodes, latency=token)
-    pool = pool._replace(backfill=float(re.findall(r"bf_interval=(\d+)", SCHEDULER)[0]), ending=ending)
-    if run.mode == "sums":
-        pool = pool._replace(admission=simulator.NODE_SUMS, hold=CREDENTIAL + 10.0)
-    stream = Jobs(
-        submit + known,
-        np.array([numbers[job.request] for job in jobs]),
-        duration + known,
-        np.full(len(jobs), 60.0 * math.ceil(options.between[1] / 60)),
-        np.zeros(len(jobs), dtype=np.int64),
-    )
-    w = evaluate.simulate_estimating(moves, rules.tables(MODEL), pool, model.load(moves.geometry), stream)
-    return float((w.start - submit).mean())
-
-
-def measured(late: Latency) -> tuple[float, float, float]:
-    """What `simulated` is given. Of `ending` the median: some had another one's end to wait for, too."""
-    return mean(late.alone), mean(late.behind), statistics.median(late.ending) if late.ending else 0.0
-
-
-def mean(values: Sequence[float]) -> float:
-    """0 where there is nothing."""
-    return statistics.mean(values) if values else 0.0
+    return [slurm_waits.read(run) for run in runs]
 
 
 def cell(values: Sequence[float | None], digits: int) -> str:
@@ -466,8 +390,16 @@ def cell(values: Sequence[float | None], digits: int) -> str:
     return middle if len(known) == 1 else f"{middle} ({min(known):.{digits}f} to {max(known):.{digits}f})"
 
 
-HEAD = (
-    "mode",
+def ratio(pairs: Sequence[tuple[float, float]]) -> str:
+    """Of the sums over all seeds; of several, the least and the most, too."""
+    if not pairs:
+        return "-"
+    together = f"{sum(one for one, _ in pairs) / sum(other for _, other in pairs):.2f}"
+    each = [one / other for one, other in pairs]
+    return together if len(pairs) == 1 else f"{together} ({min(each):.2f} to {max(each):.2f})"
+
+
+NAMES = (
     "Slurm",
     "jobs",
     "dispatches",
@@ -491,21 +423,20 @@ HEAD = (
 )
 
 
-def row(runs: Sequence[Run], options: argparse.Namespace) -> list[str]:
+def column(runs: Sequence[Run], options: argparse.Namespace) -> list[str]:
     """One mode: counts of all seeds together, of the rest the median."""
     waits = [statistics.mean(job.start - job.submit for job in run.ran) for run in runs]
-    known = [(run, wait, late) for run, wait in zip(runs, waits, strict=True) if (late := latency(run.ran)).all]
+    known = [(run, wait, late) for run, wait in zip(runs, waits, strict=True) if (late := slurm_waits.latency(run)).all]
     without = [run.without for run in runs if run.without is not None]
     counts = [sum(n) for n in zip(*((len(run.ran), run.dispatches, run.misplaced) for run in runs), strict=True)]
     return [
-        runs[0].mode,
         runs[0].slurm,
         *map(str, counts),
         str(sum(without)) if without else "-",
         str(sum(run.drained for run in runs)),
         cell(waits, 1),
-        cell([w / simulated(run, options, *measured(late)) for run, w, late in known], 2),
-        cell([w / simulated(run, options, 0.0, 0.0, 0.0) for run, w, _ in known], 2),
+        ratio([(w, mean(slurm_waits.simulated(run, options, late))) for run, w, late in known]),
+        ratio([(w, mean(slurm_waits.simulated(run, options, None))) for run, w, _ in known]),
         cell([run.total for run in runs], 0),
         cell([statistics.median(late.all) for _, _, late in known], 2),
         cell([mean(late.alone) for _, _, late in known], 2),
@@ -529,11 +460,11 @@ def table(runs: Sequence[Run], options: argparse.Namespace, before: float) -> st
         f"{most:g} s, one each {options.gap} s, seed {', '.join(map(str, options.seeds))}{short}. "
         f"{os.cpu_count()} cores, load before {before:.1f}.",
         "",
-        f"| {' | '.join(HEAD)} |",
-        "|---|---|" + "---:|" * (len(HEAD) - 2),
     ]
-    for mode in dict.fromkeys(run.mode for run in runs):
-        lines.append(f"| {' | '.join(row([run for run in runs if run.mode == mode], options))} |")
+    modes = list(dict.fromkeys(run.mode for run in runs))
+    columns = [column([run for run in runs if run.mode == mode], options) for mode in modes]
+    lines += [f"| | {' | '.join(modes)} |", "|---|" + "---:|" * len(modes)]
+    lines += [f"| {name} | {' | '.join(cells)} |" for name, *cells in zip(NAMES, *columns, strict=True)]
     return "".join(f"{line}\n" for line in lines)
 
 

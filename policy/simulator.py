@@ -50,7 +50,8 @@ class Node(NamedTuple):
     of backfill goes on, and plans such a job on the node where a time limit ends first: nobody behind it gets that who
     may still run then. With 0 every pass goes through all of the queue, and nothing is planned.
     `ending` is for how long a job that is over is ending to Slurm (its Epilog): until then, the last part of its
-    duration here, no job starts on its node, and the node is busy.
+    duration here, no job starts on its node, and the node is busy. `refusal` is for how long it takes none after one
+    that did not fit: from its start to its Epilog, nearly all of it is Slurm's completing.
     """
 
     gpus: int
@@ -68,6 +69,7 @@ class Node(NamedTuple):
     nodes: int = 1
     backfill: float = 0.0
     ending: float = 0.0
+    refusal: float = 0.0
 
 
 class World(NamedTuple):
@@ -608,6 +610,9 @@ def attempt(t: Tables, node: Node, r: Rule, jobs: Jobs, w: World, j: int) -> int
                 if node.depth:
                     w.ready[j] = now + node.hold
                     push(w, w.ready[j], WAKE)
+                if node.refusal > 0.0:
+                    w.gates[n] = now + node.refusal
+                    push(w, w.gates[n], WAKE)
             return PASSED
     return outcome
 

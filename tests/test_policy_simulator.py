@@ -345,6 +345,18 @@ def test_while_a_job_is_ending_none_starts_on_its_node(ending: float, starts: tu
     assert w.start[3:].tolist() == pytest.approx(starts)
 
 
+@pytest.mark.parametrize(("refusal", "start"), [(0.0, 1.5), (2.0, 3.0)])
+def test_who_does_not_fit_keeps_others_from_its_node_until_its_epilog(refusal: float, start: float) -> None:
+    jobs = given(
+        (0.0, "4g.40gb", 100.0, 200.0),
+        (0.0, "4g.40gb", 100.0, 200.0),
+        (1.0, "4g.40gb", 100.0, 200.0),  # as many slices are free, four on each GPU
+        (1.5, "1g.10gb", 100.0, 200.0),
+    )
+    w = simulate(TABLES, Node(2, depth=9, admission=NODE_SUMS, hold=500.0, refusal=refusal), BUILT_IN, jobs)
+    assert w.misplaced.tolist() == [0, 0, 1, 0] and w.start[3] == start
+
+
 @pytest.mark.parametrize(("limit", "start"), [(50.0, 5.0), (90.0, 100.0)])
 def test_by_sums_backfill_lets_only_those_by_who_end_in_time(limit: float, start: float) -> None:
     jobs = given(
