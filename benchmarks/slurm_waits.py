@@ -20,7 +20,7 @@ CREDENTIAL = 5
 """cred_expire of these clusters, in seconds: as short as Slurm takes it."""
 REPLICAS = 20
 """How many runs of the simulator a wait is compared with: in a queue this long a small difference early on is a large
-one later, and a single run is known to some 5 %."""
+one later, and a single run is known to some 7 %."""
 
 
 class Ran(NamedTuple):
