@@ -256,12 +256,13 @@ class Record(NamedTuple):
     available: str
     active: str
     gres: str
-    comment: str
     extra: str
+    comment: str
 
 
-FIELDS = (("features", 24000), ("features_act", 24000), ("gres", 4000), ("comment", 2000), ("extra", 24000))
-"""The columns of `sinfo -O` that make a Record, with their widths: room for what the largest node publishes."""
+FIELDS = (("features", 24000), ("features_act", 24000), ("gres", 4000), ("extra", 24000), ("comment", 2000))
+"""The columns of `sinfo -O` that make a Record, with their widths: room for what the largest node publishes. The
+comment is last, since a site's own may have a line feed in it; its beginning counts, and it is not sent back."""
 
 
 def question(node: str) -> list[str]:
@@ -276,10 +277,10 @@ def read(shown: str, node: str) -> Record:
         raise NodeError(f"slurmctld knows no node {node}, or none in a partition")
     line = os.fsencode(shown.split("\n", 1)[0])
     found = []
-    for _, width in FIELDS:  # of bytes
+    for column, width in FIELDS:  # of bytes
         text, line = os.fsdecode(line[:width].rstrip()), line[width:]
-        if len(os.fsencode(text)) == width:
-            raise NodeError(f"the record of node {node} is too long: {text[:60]}...")
+        if len(os.fsencode(text)) == width and column != "comment":
+            raise NodeError(f"slurmctld has {width} bytes or more in {column} of node {node}: shorten the site's own")
         found.append("" if text == "(null)" else text)
     return Record(*found)
 
@@ -509,9 +510,8 @@ class Publisher:
         # Before the state is read: a job that ends from now on finds nothing that stands, and waits for the next one.
         # And it stays so where slurmctld may or may not have got what we send.
         self._forget()
-        told = self._present(store)
         # A hook writes the state more than once, mostly without a difference here: a third of all questions were that.
-        if last is None or told.said != last.said:
+        if last is None or (told := self._present(store)).said != last.said:
             record = read(self._slurmctld.run(*question(self._node)), self._node)
             with suppress(OSError, UnicodeError):
                 demand.save(self._config.state_dir, record.comment)

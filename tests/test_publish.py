@@ -324,7 +324,7 @@ TOKEN = "migt:job:21,migt:size:147,migt:open:1"
 
 
 def told(gres: str, features: str = "", extra: str = "") -> Record:
-    return Record(features, features, gres, "", extra)
+    return Record(features, features, gres, extra, "")
 
 
 def test_only_the_token_and_our_names_change() -> None:
@@ -362,16 +362,29 @@ def test_a_node_without_the_token_is_told_of() -> None:
 
 
 def test_reads_what_sinfo_prints() -> None:
-    fields = ["a100", "a100", TOKEN, "rms1:u=1;j=;k=;q=;mine", "(null)"]
+    fields = ["a100", "a100", TOKEN, "(null)", "rms1:u=1;j=;k=;q=;mine"]
     line = "".join(text.ljust(width) for text, (_, width) in zip(fields, publish.FIELDS, strict=True))
-    assert publish.read(f"{line}\n{line}\n", "n1") == Record("a100", "a100", TOKEN, "rms1:u=1;j=;k=;q=;mine", "")
+    assert publish.read(f"{line}\n{line}\n", "n1") == Record("a100", "a100", TOKEN, "", "rms1:u=1;j=;k=;q=;mine")
     # Columns are as wide in bytes: one letter of two of them must not move what stands behind it.
-    line = line.replace("mine ", "Süd ")
-    assert publish.read(f"{line}\n", "n1") == Record("a100", "a100", TOKEN, "rms1:u=1;j=;k=;q=;Süd", "")
+    fields[0] = "Süd"
+    line = "".join(text.ljust(width) for text, (_, width) in zip(fields, publish.FIELDS, strict=True))
+    line = line.replace("Süd ", "Süd")
+    assert publish.read(f"{line}\n", "n1") == Record("Süd", "a100", TOKEN, "", "rms1:u=1;j=;k=;q=;mine")
     with pytest.raises(NodeError, match="no node"):
         publish.read("", "n1")
-    with pytest.raises(NodeError, match="too long"):
+    with pytest.raises(NodeError, match="24000 bytes or more in features of node n1: shorten"):
         publish.read("x" * 50_000, "n1")
+
+
+@pytest.mark.parametrize("own", ["line one\nline two", "x" * 3000], ids=["line feed", "long"])
+def test_a_site_s_comment_keeps_no_node_from_publishing(own: str) -> None:
+    """Nor does it take the site's own part of Extra with it."""
+    fields = ["a100", "a100", TOKEN, '{"rack":7}', f"rms1:u=1;j=;k=;q=;{own}"]
+    line = "".join(text[:width].ljust(width) for text, (_, width) in zip(fields, publish.FIELDS, strict=True))
+    record = publish.read(f"{line}\n", "n1")
+    assert record.comment.startswith("rms1:u=1;j=;k=;q=;")
+    (_, extra) = changes(record, Offer(("rms_a_1",), 1, 1), "extra")
+    assert extra == 'Extra={"rack":7,"rms_a_1":1}'
 
 
 @pytest.mark.parametrize("model", geometry.models())
@@ -601,7 +614,7 @@ def test_what_the_queue_wants_is_left_for_the_hooks(node: Node, slurmctld: Slurm
     node.acquire(1, "1g.10gb:1")
     message = str(demand.Told(int(time.time()) + 60, 7, "7g.80gb:1"))
     script = slurmctld.gres.with_name("sinfo")
-    script.write_text(script.read_text().replace("'' ''\n", f"'{message}mine' ''\n"))
+    script.write_text(script.read_text().replace("'' ''\n", f"'' '{message}mine'\n"))
     publisher(node).now()
     left = demand.load(node.config.state_dir, time.time())
     assert left and left.keep == "7g.80gb:1"
