@@ -26,15 +26,17 @@ from typing import Any, NamedTuple, Protocol
 
 from rms.errors import RequestError
 from rms.request import Ticket, parse_comment
+from slurm.publish import PREFIX
 from slurm.slurmctld import PATH, SilentError, Slurmctld, SlurmError
 
 STATES = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING")
 """Jobs in other states are over."""
 SECONDS = 10.0
 """How long an answer may take, either way."""
-WIDE = 1500
-"""Columns for a node's comment or gres, which have no limit: more of them than this is cut off. A node with a longer
-comment is left alone."""
+WIDE, WIDEST = 1500, 24000
+"""Bytes of the columns for a node's gres, features and comment, which have no limit. sinfo cuts off what is longer.
+Such a node is asked for once more, and left alone where that does not do either."""
+OURS = f",{PREFIX}".encode()
 
 
 class Queued(NamedTuple):
@@ -98,16 +100,30 @@ class Commands(Slurmctld):
         return _sorted(_queued(row, self.hosts) for row in rows if len(row) == 15)
 
     def nodes(self) -> list[Node]:
-        fields = {"NodeList": 100, "PartitionName": 100, "StateComplete": 100, "Available": 20, "Gres": WIDE}
-        fields |= {"Features": WIDE, "Comment": WIDE}
+        whole, cut = self._rows(WIDE)
+        if cut:
+            whole += self._rows(WIDEST, f"--nodes={','.join(sorted(cut))}")[0]
+        return _nodes(whole)
+
+    def _rows(self, wide: int, *which: str) -> tuple[list[list[str]], set[str]]:
+        """The rows of the nodes that are shown whole, and the names of those that are not."""
+        fields = {"NodeList": 100, "PartitionName": 100, "StateComplete": 100, "Available": 20}
+        fields |= dict.fromkeys(("Gres", "Features", "Comment"), wide)
         form = ",".join(f"{name}:{width}" for name, width in fields.items())
-        rows = []
         ends = [*accumulate(fields.values())]  # in bytes
-        for line in os.fsencode(self.run("sinfo", "--noheader", "--all", "--Node", f"--Format={form}")).split(b"\n"):
+        whole, cut = [], set()
+        shown = self.run("sinfo", "--noheader", "--all", "--Node", *which, f"--Format={form}")
+        for line in map(os.fsencode, shown.split("\n")):
+            if len(line) < ends[-1]:
+                continue  # the end, or a comment with a line feed in it: the rest of it would be lost
             row = [line[end - width : end].strip(b" ") for end, width in zip(ends, fields.values(), strict=True)]
-            if len(row[-1]) < WIDE:  # else the comment may be cut off, and what is left of it would be written back
-                rows.append([os.fsdecode(text) for text in row])
-        return _nodes(rows)
+            gres, features, comment = row[4:]
+            # Of features the site's own come first; which of ours are there makes no difference here.
+            if max(len(gres), len(comment)) == wide or (len(features) == wide and OURS not in b"," + features):
+                cut.add(os.fsdecode(row[0]))
+            else:
+                whole.append([os.fsdecode(text) for text in row])
+        return whole, cut
 
     def hosts(self, names: str) -> tuple[str, ...]:
         """A list of hosts, `n[1-2],m`, as single names."""
@@ -219,7 +235,7 @@ def _queued(row: list[str], hosts: Callable[[str], tuple[str, ...]]) -> Queued |
                 ticket,
                 minutes(limit),
                 int(submit),
-                int(start) if start.isdigit() and state != "PENDING" else None,
+                int(start) if start.isdecimal() and state != "PENDING" else None,
                 _given(node) if state != "PENDING" else "",
                 hosts(_given(wants)),
                 hosts(_given(avoids)),
@@ -240,9 +256,8 @@ def _nodes(rows: Iterable[list[str]]) -> list[Node]:
     for row in rows:
         if len(row) == 7 and (gres := _counts(row[4])):
             name, partition, state, available, _, features, comment = row
-            known = found.get(
-                name, Node(name, state.lower(), (), gres, _names(_given(features)) or (), _given(comment))
-            )
+            has = tuple(filter(None, _given(features).split(",")))
+            known = found.get(name, Node(name, state.lower(), (), gres, has, _given(comment)))
             more = (partition,) if partition and available.lower() == "up" else ()
             found[name] = known._replace(partitions=tuple(sorted({*known.partitions, *more})))
     return [found[name] for name in sorted(found)]
@@ -253,7 +268,7 @@ def _counts(gres: str) -> dict[str, int]:
     found = {}
     for item in gres.split(","):
         name, _, count = item.partition("(")[0].rpartition(":")
-        if name.startswith("mig") and count.isdigit():
+        if name.startswith("mig") and count.isdecimal():
             found[name] = int(count)
     return found if any(name.startswith("mig:") for name in found) else {}
 
@@ -264,7 +279,7 @@ def _given(text: str) -> str:
 
 def _names(features: str) -> tuple[str, ...] | None:
     """`a100&ib`, or `a100,ib`, as names; None for anything with a choice or a count in it."""
-    if re.search(r"[^\w&,.:=/-]", features):
+    if re.search(r"[^\w&,.:=/+-]", features):
         return None
     return tuple(name for name in re.split("[&,]", features) if name)
 
@@ -287,7 +302,7 @@ def tasks(array: str) -> int:
     return max(count, 1)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=4096)  # each is a process; the same are asked for at every look
 def _hosts(run: Callable[..., str], names: str) -> tuple[str, ...]:
     if "[" not in names:
         return tuple(name for name in names.split(",") if name)

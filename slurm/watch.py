@@ -26,6 +26,7 @@ from rms.geometry import Geometry
 from rms.planner import GpuView, View
 from rms.request import Request, parse
 from slurm.ask import Ask, Commands, Node, Queued, best
+from slurm.publish import PREFIX
 from slurm.slurmctld import SilentError, SlurmError
 
 LIFE = 180
@@ -48,14 +49,12 @@ TRIED = 8
 SHARE = 10
 """Between two looks at the queue so many times the time passes that one took."""
 SLOWEST = 60.0
-"""The longest pause (s) where slurmctld does not answer."""
+"""The longest pause (s), where slurmctld does not answer or is slow: a line has to be renewed before it expires."""
 
 ROOM = {"Resources", "Priority", "ReqNodeNotAvail", "Constraints"}
 """Why a job waits that waits for room. The gate shows as ReqNodeNotAvail (features) or Constraints (extra)."""
 USELESS = ("down", "drain", "fail", "maint", "reserv", "reboot", "power", "unknown", "not_responding", "*", "future")
 """In the state of a node that starts no jobs now."""
-GATE = "rms_"
-"""How the features begin that nodes publish: they say what fits now, and so nothing about later."""
 
 
 class Keep(NamedTuple):
@@ -128,8 +127,9 @@ def waits_for_room(job: Queued) -> bool:
 
 
 def may_run(job: Queued, node: Node) -> bool:
-    """Whether a job may run on a node at all, as far as partitions, names, profiles and features go."""
-    features = {name for name in job.features or () if not name.startswith(GATE)}
+    """Whether a job may run on a node at all, as far as partitions, names, profiles and features go: those of the site,
+    since what nodes publish says what fits now, and nothing about later."""
+    features = {name for name in job.features or () if not name.startswith(PREFIX)}
     return (
         not any(word in node.state for word in USELESS)
         and not {*job.partitions}.isdisjoint(node.partitions)
@@ -314,7 +314,7 @@ def run(slurm_conf: str, most: int, seconds: float, log: Callable[[str], None]) 
             watch.look(time.time())
             if silent:
                 log("slurmctld answers again")
-            pause, silent = max(seconds, SHARE * (time.monotonic() - began)), False
+            pause, silent = max(seconds, min(SHARE * (time.monotonic() - began), SLOWEST)), False
         except SlurmError as error:
             if not silent:
                 log(f"{'waiting for slurmctld' if isinstance(error, SilentError) else 'trying again'}: {error}")

@@ -14,8 +14,10 @@ import pytest
 from rms_cluster import rms_cluster
 from throwaway import Cluster
 
-from rms.request import Ticket
-from slurm import ask
+from rms import geometry
+from rms.request import Request, Ticket
+from slurm import ask, publish, watch
+from slurm.ask import Queued
 from slurm.slurmctld import SilentError, Slurmctld
 
 BUILT = subprocess.run(  # importing it can end a process, so another one does
@@ -205,12 +207,79 @@ def test_array_tasks(text: str, count: int) -> None:
     assert ask.tasks(text) == count
 
 
-def test_a_node_whose_comment_is_too_long_is_left_alone(slurm: Cluster) -> None:
+@pytest.mark.slurm
+def test_a_long_comment_is_read_whole_and_what_can_t_be_is_left_alone(slurm: Cluster) -> None:
     """What is cut off would be written back."""
     commands = ask.Commands(str(slurm.conf), 30)
     try:
-        commands.comment(["n2"], "x" * 2 * ask.WIDE)
-        assert [node.name for node in commands.nodes()] == ["n1"]
+        for comment, names in [("x" * 2 * ask.WIDE, ["n1", "n2"]), ("x" * 2 * ask.WIDEST, ["n1"]), ("a\nb", ["n1"])]:
+            commands.comment(["n2"], comment)
+            nodes = commands.nodes()
+            assert [node.name for node in nodes] == names
+            assert nodes[1:] == [] or nodes[1].comment == comment
     finally:
         commands.comment(["n2"], "")
     assert [node.name for node in commands.nodes()] == ["n1", "n2"]
+
+
+SINFO = """#!/usr/bin/env python3
+import os, sys
+widths = [int(field.partition(":")[2]) for field in sys.argv[-1].partition("=")[2].split(",")]
+for row in ROWS:
+    if not any(a.startswith("--nodes=") and row[0] not in a[8:].split(",") for a in sys.argv):
+        cells = [os.fsencode(text)[:width].ljust(width) for text, width in zip(row, widths, strict=True)]
+        sys.stdout.buffer.write(b"".join(cells) + b"\\n")
+"""
+
+
+def shown(root: Path, monkeypatch: pytest.MonkeyPatch, **more: str) -> list[ask.Node]:
+    """What is read of nodes n1, as usual, and n2, with what `more` says."""
+    usual = {"gres": "mig:7g.80gb:2,migc:14", "features": "a100,ib,rms_1g.10gb+me_1", "comment": "rack 7"}
+    rows = [[name, "main", "idle", "up", *(usual | own).values()] for name, own in (("n1", {}), ("n2", more))]
+    (root / "sinfo").write_text(SINFO.replace("ROWS", repr(rows)))
+    (root / "sinfo").chmod(0o755)
+    monkeypatch.setattr("slurm.slurmctld.PATH", f"{root}:{os.environ['PATH']}")
+    return ask.Commands("/nowhere").nodes()
+
+
+@pytest.mark.parametrize("size", [ask.WIDE, 2 * ask.WIDE])
+@pytest.mark.parametrize("field", ["gres", "features", "comment"])
+def test_what_is_long_is_never_taken_for_something_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str, size: int
+) -> None:
+    """Cut off, n2 would seem to be of another board, to lack a feature, or to have another comment."""
+    text = {"gres": "lustre:1," * size + "mig:7g.80gb:16", "features": "x" * size + ",a100", "comment": "x" * size}[
+        field
+    ]
+    one, *other = shown(tmp_path, monkeypatch, **{field: text})
+    assert (one.name, one.comment, one.features[:2]) == ("n1", "rack 7", ("a100", "ib"))
+    assert field != "gres" or size == ask.WIDE or other == [], "9 times the length is too much to be read"
+    for node in other:
+        assert (node.name, node.comment) == ("n2", text if field == "comment" else "rack 7")
+        assert node.gres["mig:7g.80gb"] == (16 if field == "gres" else 2) and "a100" in node.features
+
+
+def test_who_names_many_lists_of_nodes_holds_nobody_up() -> None:
+    asked: list[str] = []
+
+    def run(*command: str) -> str:
+        asked.append(command[-1])
+        return "n1 n2"
+
+    for _ in range(2):
+        assert all(ask._hosts(run, f"n[1,{number}]") == ("n1", "n2") for number in range(2000))
+    assert len(asked) == 2000
+
+
+def test_the_features_that_a_site_has_are_read_beside_all_that_may_be_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ",".join(publish.names(geometry.load("RTX-PRO-6000"), 8))
+    assert len(names) > ask.WIDE
+    _, node = shown(tmp_path, monkeypatch, features=f"a100,x*y,{names}")
+    assert node.features[:2] == ("a100", "x*y")
+    asks = Queued(
+        1, "PENDING", "Resources", 1, ("main",), Ticket("7g.80gb:1", 1, None), 60, 1, None, "", (), (),
+        ask._names(f"a100&{publish.name(Request((('1g.10gb+me', 1), ('7g.80gb', 1))))}"), "", 1,
+    )  # fmt: skip
+    assert watch.may_run(asks, node)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -322,6 +323,24 @@ def test_a_long_queue_and_many_nodes_are_no_burden() -> None:
     kept = decide([*small, *running, job(9000), job(9001, "7g.80gb:8")], nodes, NOW, 4)
     assert [keep.job for keep in kept.values()] == [9000]
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(("took", "pause"), [(0.01, 2.0), (1.0, 10.0), (30.0, 60.0)])
+def test_however_long_a_look_takes_the_next_one_comes_before_its_lines_expire(
+    monkeypatch: pytest.MonkeyPatch, took: float, pause: float
+) -> None:
+    moments, pauses = iter([0.0, took]), []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        raise KeyboardInterrupt
+
+    clock = SimpleNamespace(monotonic=lambda: next(moments), time=lambda: NOW, sleep=sleep)
+    monkeypatch.setattr(watch, "time", clock)
+    monkeypatch.setattr(watch, "best", lambda conf, log: Slurm([], []))
+    with pytest.raises(KeyboardInterrupt):
+        watch.run("/nowhere", 4, 2.0, print)
+    assert pauses == [pause] and pause + took < watch.LIFE
 
 
 # The service
