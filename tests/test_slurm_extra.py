@@ -73,6 +73,7 @@ def test_a_slurmctld_that_has_forgotten_the_token_starts_nothing(slurm_root: Pat
         first = slurm.sbatch("sleep 600", "--gres=mig:1g", user=slurm.users[0])
         for forget in ("reconfigure", "restart"):
             slurm.wait(lambda: "rms_7g.80gb_2" not in extra(slurm, "n1"), 60, "told")
+            slurm.publish()  # whoever is still at it in the background has nothing more to say then
             if forget == "restart":
                 slurm.stop_daemon("slurmctld")
                 slurm.start_daemon("slurmctld")
