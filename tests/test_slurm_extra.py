@@ -84,8 +84,12 @@ def test_a_slurmctld_that_has_forgotten_the_token_starts_nothing(slurm_root: Pat
             jobs = [slurm.sbatch("true", f"--gres=mig:{what}", user=slurm.users[0]) for what in ("7g", "4g", "1g")]
             time.sleep(3)
             assert {slurm.job(job)["JobState"] for job in jobs} == {"PENDING"}
-            slurm.publish()
-            slurm.wait(lambda jobs=jobs: {slurm.job(job)["JobState"] for job in jobs} == {"COMPLETED"}, 60, "they ran")
+
+            def ran(jobs: list[int] = jobs) -> bool:
+                slurm.publish()  # again and again, as the timer does: a slurmd that reports later has it forgotten anew
+                return {slurm.job(job)["JobState"] for job in jobs} == {"COMPLETED"}
+
+            slurm.wait(ran, 60, "they ran")
         slurm.run("scancel", str(first))
         slurm.wait_all(60)
         audit = (slurm.root / "n1" / "audit.jsonl").read_text()
