@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-NEWEST := $(addprefix tests/test_,throwaway.py ask.py lua.py slurm.py slurm_publish.py slurm_extra.py slurm_down.py sent_back.py kinds.py attacks.py watch.py mixed.py)
+NEWEST := $(addprefix tests/test_,throwaway.py ask.py lua.py slurm.py slurm_publish.py slurm_extra.py slurm_down.py sent_back.py kinds.py attacks.py watch.py mixed.py starvation.py bench_slurm.py)
 SLURM_PACKAGES := slurm-wlm slurm-wlm-basic-plugins slurm-client munge
 
 .PHONY: demo test newest chaos check bench bench-slurm bench-large bench-load bench-policy clean
@@ -45,9 +45,9 @@ bench-slurm: $(VENV)/tools | slurm
 	$(BIN)/python benchmarks/publishing.py --write
 	$(BIN)/python benchmarks/starvation.py --seeds $(SEEDS) --write
 
-# 64 GPUs and 2,000 jobs, long enough that the GPUs are what is short: 25 minutes.
+# 64 GPUs and 2,000 jobs, long enough that the GPUs are what is short: 50 minutes.
 bench-large: $(VENV)/tools | slurm
-	$(BIN)/python benchmarks/slurm_modes.py --nodes 8 --gpus 8 --jobs 2000 --between 45,105 --gap 0.4 --short 0 --modes features --write
+	$(BIN)/python benchmarks/slurm_modes.py --nodes 8 --gpus 8 --jobs 2000 --between 45,105 --gap 0.4 --short 0 --modes sums,features --write
 
 # What slurmctld has to do for 1,000 nodes, and with 5,000 jobs waiting, here and in the chroot: a quarter of an hour.
 bench-load: $(VENV)/tools | slurm
