@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-NEWEST := $(addprefix tests/test_,throwaway.py ask.py lua.py slurm.py slurm_publish.py slurm_extra.py slurm_down.py sent_back.py kinds.py attacks.py watch.py mixed.py starvation.py bench_slurm.py)
+NEWEST := $(addprefix tests/test_,throwaway.py ask.py lua.py slurm.py slurm_publish.py slurm_extra.py slurm_down.py configless.py sent_back.py kinds.py attacks.py watch.py mixed.py starvation.py bench_slurm.py)
 SLURM_PACKAGES := slurm-wlm slurm-wlm-basic-plugins slurm-client munge
 
 .PHONY: demo test newest chaos check bench bench-slurm bench-large bench-load bench-policy clean

@@ -126,7 +126,7 @@ def _slurm_option(verb: argparse.ArgumentParser) -> None:
         "--slurm-conf",
         metavar="PATH",
         default=os.environ.get("SLURM_CONF", "/etc/slurm/slurm.conf"),
-        help="default: $SLURM_CONF or /etc/slurm/slurm.conf",
+        help="default: $SLURM_CONF or /etc/slurm/slurm.conf, else what slurmd has fetched",
     )
 
 
@@ -170,6 +170,7 @@ def doctor(options: argparse.Namespace) -> int:
     import json
 
     from rms.doctor import describe, directories, examine, report
+    from slurm.slurmctld import present
 
     settings = config.load(options.config, options.node)
     found = []
@@ -180,7 +181,7 @@ def doctor(options: argparse.Namespace) -> int:
             found = examine(device, _state(settings))
     own = list(directories(settings))
     wrong = []
-    if os.path.exists(options.slurm_conf):
+    if os.path.exists(present(options.slurm_conf)):
         from slurm import check
 
         wrong = check.examine(settings, options.slurm_conf, options.node, _state(settings))

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, Protocol
 from rms.errors import RequestError
 from rms.request import Ticket, parse_comment
 from slurm.publish import PREFIX
-from slurm.slurmctld import PATH, SilentError, Slurmctld, SlurmError
+from slurm.slurmctld import PATH, SilentError, Slurmctld, SlurmError, present
 
 STATES = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING")
 """Jobs in other states are over."""
@@ -142,7 +142,7 @@ class Pyslurm:
     """By pyslurm, in a process of its own. Where that does not answer it is ended; the next question starts another."""
 
     def __init__(self, slurm_conf: str, seconds: float = SECONDS) -> None:
-        self._environment = {"PATH": PATH, "SLURM_CONF": slurm_conf, "LC_ALL": "C.UTF-8"}
+        self._environment = {"PATH": PATH, "SLURM_CONF": present(slurm_conf), "LC_ALL": "C.UTF-8"}
         self._seconds = seconds
         self._commands = Commands(slurm_conf, seconds)
         self._helper: subprocess.Popen[bytes] | None = None

@@ -21,6 +21,7 @@ from rms.geometry import Geometry, Layout, Placement, Profile
 from rms.planner import GpuView, View
 from rms.request import Request
 from slurm import publish
+from slurm.slurmctld import FETCHED
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SETTINGS = "slurm.conf.rms"
@@ -95,6 +96,7 @@ def files(
         "@PYTHON@": shlex.quote(sys.executable),
         "@CONFIG@": shlex.quote(config_path),
         "@SLURM_CONF@": shlex.quote(slurm_conf),
+        "@FETCHED@": FETCHED,
         "@RUN_DIR@": _shell(*run_dirs),
         "@BIN@": shlex.quote(os.path.dirname(_which("scontrol"))),
         "@DIR@": directory,

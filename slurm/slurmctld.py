@@ -18,6 +18,16 @@ HOOKS_SECONDS = 10
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/opt/slurm/bin"
 
 
+FETCHED = "/run/slurm/conf/slurm.conf"
+"""What slurmd has fetched from slurmctld, on a node that has no slurm.conf of its own ("configless")."""
+
+
+def present(slurm_conf: str) -> str:
+    """The slurm.conf to go by: on a node that has none there, what slurmd has fetched, as Slurm's own commands do.
+    They do not where SLURM_CONF names a file: then they look for that one for a minute."""
+    return FETCHED if not os.path.exists(slurm_conf) and os.path.exists(FETCHED) else slurm_conf
+
+
 class SlurmError(Exception):
     """A Slurm command failed. The text is its message."""
 
@@ -41,8 +51,8 @@ class Slurmctld:
     """The slurmctld of a slurm.conf."""
 
     def __init__(self, slurm_conf: str, seconds: float = 25.0) -> None:
-        self._slurm_conf = slurm_conf
-        self._environment = {"PATH": PATH, "SLURM_CONF": slurm_conf, "LC_ALL": "C", "SLURM_TIME_FORMAT": "%s"}
+        self._slurm_conf = present(slurm_conf)
+        self._environment = {"PATH": PATH, "SLURM_CONF": self._slurm_conf, "LC_ALL": "C", "SLURM_TIME_FORMAT": "%s"}
         self._seconds = seconds
 
     def job(self, job_id: int, restart: int, node: str) -> Job | None:
@@ -168,7 +178,7 @@ class Slurmctld:
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            # Without a slurm.conf they look for a server of configurations, for longer than that.
+            # Without a slurm.conf they wait for one, for longer than that.
             why = "" if os.path.exists(self._slurm_conf) else f", and there is no {self._slurm_conf}"
             raise SilentError(f"{command[0]}: no answer in {self._seconds:g} s{why}") from None
         except OSError as error:

@@ -49,7 +49,7 @@ build() {
     mmdebstrap --quiet --mode=root --variant=apt --components=main \
         --aptopt='Acquire::Check-Valid-Until "false"' --aptopt='APT::Install-Recommends "false"' \
         --setup-hook='mkdir -p "$1/usr/sbin"; printf "#!/bin/sh\nexit 101\n" >"$1/usr/sbin/policy-rc.d"; chmod 755 "$1/usr/sbin/policy-rc.d"' \
-        --include=slurm-wlm,slurm-wlm-basic-plugins,slurm-client,munge,libslurm-dev,python3-dev,python3-venv,gcc,libc6-dev,ca-certificates,procps,util-linux,bsdutils \
+        --include=slurm-wlm,slurm-wlm-basic-plugins,slurm-client,munge,libslurm-dev,python3-dev,python3-venv,gcc,libc6-dev,ca-certificates,procps,util-linux,bsdutils,mount \
         "$suite" "$new"
     mkdir -p "$new/rms" "$new/opt"
     : >"$new/etc/resolv.conf"

@@ -159,8 +159,11 @@ class Cluster:
             if self._temporary:
                 shutil.rmtree(self.root, ignore_errors=True)
 
-    def start_daemon(self, name: str, timeout: float = 20, options: Sequence[str] = ()) -> None:
-        """Starts `munged`, `slurmctld` or the slurmd of a node as our child, and waits until it answers."""
+    def start_daemon(
+        self, name: str, timeout: float = 20, options: Sequence[str] = (), within: Sequence[str] = ()
+    ) -> None:
+        """Starts `munged`, `slurmctld` or the slurmd of a node as our child, and waits until it answers. `within` is a
+        command that becomes the daemon."""
         argv = {
             "munged": ["munged", "--foreground", "--force", *self._munge_options()],
             "slurmctld": ["slurmctld", "-D"],
@@ -168,7 +171,7 @@ class Cluster:
         # pdeathsig: when this process is killed outright, its daemons end too.
         with (self.log / f"{name}.err").open("ab") as err:
             daemon = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "TERM", "--", *argv, *options],
+                ["setpriv", "--pdeathsig", "TERM", "--", *within, *argv, *options],
                 stdin=subprocess.DEVNULL, stdout=err, stderr=err,
                 env=self.environment(), cwd=self.root / "state", umask=0o022, start_new_session=True,
             )  # fmt: skip
@@ -178,6 +181,18 @@ class Cluster:
             timeout,
             lambda: f"{name} does not answer after {timeout} s: {self._tail(name)}",
             give_up=lambda: daemon.poll() is not None,
+        )
+
+    def go_configless(self, node: str) -> None:
+        """Starts the slurmd of a node anew, as on one without a slurm.conf: it fetches it from slurmctld, which must
+        have `enable_configless`. It has a /run of its own, where Slurm's commands find that."""
+        self.stop_daemon(node)
+        private = f"mount -t tmpfs none /run && mkdir /run/munge && ln -s {self.root}/munge/s /run/munge/munge.socket.2"
+        server = f"127.0.0.1:{self.ports['slurmctld']}"
+        self.start_daemon(
+            node,
+            options=["--conf-server", server],
+            within=["unshare", "--mount", "sh", "-c", f'{private} && unset SLURM_CONF && exec "$@"', "sh"],
         )
 
     def stop_daemon(self, name: str, sig: signal.Signals = signal.SIGTERM, timeout: float = 60) -> None:
