@@ -91,6 +91,9 @@ _SIMULATED: dict[str, tuple[type, ...]] = {
     "destroy_seconds": _NUMBER,
     "nodes": (str,),
 }
+_PATHS = {"state_dir", "run_dir", "audit_log", "hook_log", "driver_root", "boot_id_file", "file", "nodes"}
+"""Hooks and administrators have different working directories."""
+_OPTIONAL = {"hook_log", "nodes"}
 
 
 def load(path: str, node: str) -> Config:
@@ -130,6 +133,8 @@ def _check(path: str, data: dict[str, Any], keys: dict[str, tuple[type, ...]], p
         if not isinstance(value, keys[key]) or isinstance(value, bool) != (bool in keys[key]):
             expected = " or ".join(kind.__name__ for kind in keys[key])
             raise NodeError(f"{path}: {prefix}{key} must be {expected}, not {type(value).__name__}")
+        if key in _PATHS and not os.path.isabs(value) and (value or key not in _OPTIONAL):
+            raise NodeError(f"{path}: {prefix}{key} is {value!r}; it must be a full path, as /var/lib/rms")
         if isinstance(value, _NUMBER) and not 0 <= value <= MOST:
             raise NodeError(f"{path}: {prefix}{key} is {value}; it must be from 0 to {MOST:,}")
 
