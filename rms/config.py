@@ -133,7 +133,7 @@ def _check(path: str, data: dict[str, Any], keys: dict[str, tuple[type, ...]], p
         if not isinstance(value, keys[key]) or isinstance(value, bool) != (bool in keys[key]):
             expected = " or ".join(kind.__name__ for kind in keys[key])
             raise NodeError(f"{path}: {prefix}{key} must be {expected}, not {type(value).__name__}")
-        if key in _PATHS and not os.path.isabs(value) and (value or key not in _OPTIONAL):
+        if key in _PATHS and not os.path.isabs(str(value)) and (value or key not in _OPTIONAL):
             raise NodeError(f"{path}: {prefix}{key} is {value!r}; it must be a full path, as /var/lib/rms")
         if isinstance(value, _NUMBER) and not 0 <= value <= MOST:
             raise NodeError(f"{path}: {prefix}{key} is {value}; it must be from 0 to {MOST:,}")
