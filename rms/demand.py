@@ -22,7 +22,7 @@ from rms.planner import Demand
 from rms.request import parse
 
 MOST = 64
-"""How many waiting jobs a node is told of: as many as the requests that it remembers itself."""
+"""How many waiting jobs a node is told of: their line must be short, and the first ones count most."""
 QUEUE_BYTES = 600
 """The longest list of them, so that the site's own text has room beside it."""
 FILE = "demand"
