@@ -348,13 +348,31 @@ local function minutes(limit)
     return limit and limit <= MAX_LIMIT and limit or 0
 end
 
+-- The limit of a job whose user gave none is its partition's, and here the longest of several (a,b); 0 where one has
+-- none. `names` is nil for the default partition; `parts` are those that slurmctld knows. A job that comes from a
+-- partition without DefaultTime gets none here either (22.05).
+local function of_partitions(names, parts, comes)
+    local longest = 0
+    for name, part in pairs(parts or {}) do
+        local named = names and ("," .. names .. ","):find("," .. name .. ",", 1, true)
+        if named or not names and part.flag_default == 1 then
+            local limit = (comes or part.default_time == NOT_GIVEN) and part.max_time or part.default_time
+            if minutes(limit) == 0 then
+                return 0
+            end
+            longest = math.max(longest, limit)
+        end
+    end
+    return longest
+end
+
 -- The fields of a job by which slurmctld lets it in only where it fits, and the problem where there is one.
-local function admit(job, board, need)
+local function admit(job, board, need, limit)
     local fields = {}
     if not board.gates or preempts(job) then
         return fields
     end
-    local name, problem = gate(board, need, minutes(job.time_limit))
+    local name, problem = gate(board, need, limit)
     if site.admission == "extra" then
         if job.extra and job.extra ~= "" then
             problem = "--extra can't be used with mig"
@@ -368,7 +386,7 @@ local function admit(job, board, need)
     return fields, problem
 end
 
-local function check_submit(job)
+local function check_submit(job, _, parts)
     local comment = job.comment or ""
     if starts(comment, PREFIX) and #comment > MAX_BYTES then -- slurmctld would refuse it, too; own_part would take long
         return ("the comment is %d bytes too long (at most %d)"):format(#comment - MAX_BYTES, MAX_BYTES)
@@ -414,11 +432,13 @@ local function check_submit(job)
         -- In 26.05 salloc tells its command, too, but calls its jobs interactive.
         return "srun needs the full form, --gres=mig:" .. table.concat(words, ",mig:")
     end
-    local fields, obstacle = admit(job, board, need)
+    local limit = job.time_limit
+    limit = (limit == nil or limit == NOT_GIVEN) and of_partitions(job.partition, parts) or minutes(limit)
+    local fields, obstacle = admit(job, board, need, limit)
     if obstacle then
         return obstacle
     end
-    local prefix = ("%s%s;s=%d;l=%d;"):format(PREFIX, table.concat(words, ","), os.time(), minutes(job.time_limit))
+    local prefix = ("%s%s;s=%d;l=%d;"):format(PREFIX, table.concat(words, ","), os.time(), limit)
     local excess = #prefix + #own - MAX_BYTES
     if excess > 0 then
         return ("the comment is %d bytes too long (at most %d beside mig)"):format(excess, MAX_BYTES - #prefix)
@@ -433,8 +453,7 @@ local function check_submit(job)
 end
 
 -- A waiting job whose limit is raised has not got the name of a short one any more.
-local function outgrow(job, record)
-    local limit = minutes(job.time_limit)
+local function outgrow(job, record, limit)
     if not (site and site.sentinel) or record.job_state % 256 ~= 0 or limit > 0 and limit <= site.short_minutes then
         return
     end
@@ -448,7 +467,38 @@ local function outgrow(job, record)
     end
 end
 
-local function check_modify(job, record)
+-- What of a comment is ours.
+local function beginning(comment)
+    return comment:match("^" .. PREFIX .. "[^;]*;s=%d+;l=%d+;") or comment
+end
+
+-- Whoever changes a job, an administrator included: what the node goes by stays true, and the job can start.
+local function check_change(job, record, parts)
+    if not starts(record.comment, PREFIX) then
+        return
+    end
+    local elsewhere = (job.req_nodes or "") ~= "" or (job.reservation or "") ~= ""
+    if elsewhere and not job.features and mentions_published(record.features) then
+        -- While no such node has room slurmctld would hold it, for ever: BadConstraints. Lua can't empty the constraint.
+        return "a job with mig can't be bound to nodes or a reservation later; submit a new one"
+    end
+    if job.comment and not starts(job.comment, PREFIX) and not job.tres_per_node then
+        job.comment = beginning(record.comment) .. job.comment
+    end
+    local limit = job.time_limit and job.time_limit ~= NOT_GIVEN and minutes(job.time_limit)
+    if not limit and job.partition and record.time_limit == NOT_GIVEN then
+        limit = of_partitions(job.partition, parts, true)
+    end
+    if limit then -- the node goes by the comment
+        local fixed, own = (job.comment or record.comment):match("^(" .. PREFIX .. "[^;]*;s=%d+;l=)%d+;(.*)$")
+        if fixed then
+            job.comment = ("%s%d;%s"):format(fixed, limit, own)
+        end
+        outgrow(job, record, limit)
+    end
+end
+
+local function check_modify(job, record, parts)
     if not starts(record.comment, PREFIX) then
         if starts(job.comment, PREFIX) then
             return "a comment can't begin with " .. PREFIX
@@ -477,27 +527,20 @@ local function check_modify(job, record)
             return "a job with mig stays on one node"
         end
     end
-    local prefix = record.comment:match("^" .. PREFIX .. "[^;]*;s=%d+;l=%d+;") or record.comment
-    if job.comment and not starts(job.comment, prefix) then
-        return "the comment of a job with mig must keep its beginning, " .. prefix
+    if job.comment and not starts(job.comment, beginning(record.comment)) then
+        return "the comment of a job with mig must keep its beginning, " .. beginning(record.comment)
     end
-    if job.time_limit and job.time_limit ~= NOT_GIVEN then -- the node goes by the comment
-        local fixed, own = (job.comment or record.comment):match("^(" .. PREFIX .. "[^;]*;s=%d+;l=)%d+;(.*)$")
-        if fixed then
-            job.comment = ("%s%d;%s"):format(fixed, minutes(job.time_limit), own)
-        end
-        outgrow(job, record)
-    end
+    return check_change(job, record, parts)
 end
 
 -- Runs a check and answers slurmctld. An error that reached slurmctld would be a yes (seen in 22.05); so if we fail
--- ourselves, we refuse, but only what has to do with mig.
-local function answer(check, job, record)
-    local ok, problem = pcall(check, job, record)
+-- ourselves, we refuse, but only what has to do with mig, and nothing of root's: the hooks are that.
+local function answer(uid, check, job, record, parts)
+    local ok, problem = pcall(check, job, record, parts)
     if not ok then
         slurm.log_error("rms: internal error: %s", tostring(problem))
         local ours = mentions_mig(job) or starts(job.comment, PREFIX) or record and starts(record.comment, PREFIX)
-        problem = ours and "internal error, see slurmctld's log; please tell the administrators"
+        problem = ours and (uid ~= 0 or not record) and "internal error, see slurmctld's log; please tell the administrators"
     end
     if not problem then
         return slurm.SUCCESS
@@ -507,14 +550,11 @@ local function answer(check, job, record)
 end
 
 function M.submit(job, parts, uid)
-    return (answer(check_submit, job))
+    return (answer(uid, check_submit, job, nil, parts))
 end
 
 function M.modify(job, record, parts, uid)
-    if uid == 0 then
-        return slurm.SUCCESS
-    end
-    local rc, problem = answer(check_modify, job, record)
+    local rc, problem = answer(uid, uid == 0 and check_change or check_modify, job, record, parts)
     if problem then -- before 23.02 scontrol prints only "Unspecified error", so at least the log knows
         slurm.log_info("rms: refused uid %d a change of job %s: %s", uid, tostring(record.job_id), problem)
     end

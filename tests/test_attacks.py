@@ -62,6 +62,8 @@ def asked(slurm: RmsCluster, job: int) -> tuple[str | None, ...]:
         f"comment={FORGED}",
         "NumNodes=2",
         "ReqNodeList=rmsfit",
+        "NodeList=n1",
+        "ReservationName=none",
         "AdminComment=rms1:7g.80gb:1;s=1;l=1;",
         "Priority=4294967290",
     ],

@@ -54,6 +54,10 @@ end
 """
 
 
+Parts = Mapping[str, Mapping[str, int]]
+"""Partitions as slurmctld shows them."""
+
+
 class Lua:
     """rms.lua in an interpreter of its own. `say` has what the user was told in the last call."""
 
@@ -68,29 +72,39 @@ class Lua:
         self.say = ""
         self.comment: str | None = None
 
-    def submit(self, **fields: Any) -> dict[str, Any] | None:
+    def submit(self, parts: Parts | None = None, **fields: Any) -> dict[str, Any] | None:
         """The job as admitted, or None; a refused job must not have been changed."""
         wanted = {"min_nodes": NOT_GIVEN, "max_nodes": NOT_GIVEN, "time_limit": NOT_GIVEN} | fields
         job = self.runtime.table_from(wanted)
-        if self._answer(self.module.submit, job, None, USER):
+        if self._answer(self.module.submit, job, self._parts(parts), USER):
             return dict(job)
         assert dict(job) == wanted
         return None
 
     def modify(
-        self, record: Mapping[str, Any], uid: int = USER, wanted: Mapping[str, Any] | None = None, **fields: Any
+        self,
+        record: Mapping[str, Any],
+        uid: int = USER,
+        wanted: Mapping[str, Any] | None = None,
+        parts: Parts | None = None,
+        **fields: Any,
     ) -> bool:
         """Whether a change is allowed. `wanted` has what else is changed by that, beside the comment."""
         given = {"min_nodes": NOT_GIVEN, "max_nodes": NOT_GIVEN} | fields
         job = self.runtime.table_from(given)
-        allowed = self._answer(self.module.modify, job, self.runtime.table_from({"job_id": 7} | record), None, uid)
+        known = self.runtime.table_from({"job_id": 7} | record)
+        allowed = self._answer(self.module.modify, job, known, self._parts(parts), uid)
         self.comment = dict(job).get("comment")
-        more = {"comment": self.comment} if "time_limit" in fields else {}
+        followed = self.comment is not None and (not uid or {"time_limit", "partition"} & {*fields})
+        more = {"comment": self.comment} if followed else {}
         assert dict(job) == given | more | {name: value for name, value in (wanted or {}).items() if value}
         return allowed
 
     def list(self, name: str) -> list[str]:
         return list(self.runtime.globals()[name].values())
+
+    def _parts(self, parts: Parts | None) -> Any:
+        return parts and self.runtime.table_from({name: self.runtime.table_from(parts[name]) for name in parts})
 
     def _answer(self, function: Any, job: Any, *rest: Any) -> bool:
         self.runtime.execute("said = {}; slurm.log_user = function(form, ...) said[#said + 1] = form:format(...) end")
@@ -442,6 +456,12 @@ def test_guards_a_job_with_mig(change: dict[str, Any]) -> None:
     assert not lua().modify(OURS, **change)
     assert lua().list("logged")[-1] == f"rms: refused uid {USER} a change of job 7: {lua().say.removeprefix('rms: ')}"
     assert lua().modify(OURS, uid=0, **change)
+    typed = change.get("comment")
+    assert lua().comment == (typed if typed is None or typed.startswith("rms1:") else PREFIX + typed)
+    if "comment" in change:
+        assert lua().modify(OURS, 0, tres_per_node="", **change) and lua().comment == typed, (
+            "it asks for no mig any more"
+        )
 
 
 @pytest.mark.parametrize(
@@ -465,6 +485,50 @@ def test_the_comment_has_the_new_time_limit() -> None:
         assert made.comment == comment.replace(PREFIX, PREFIX[: PREFIX.rindex("l=")] + "l=3;")
         assert made.modify({"comment": PREFIX}, comment=comment, time_limit=4294967295.0)
         assert made.comment == comment.replace(PREFIX, PREFIX[: PREFIX.rindex("l=")] + "l=0;")
+
+
+PARTS: Parts = {
+    "main": {"flag_default": 1, "default_time": 7, "max_time": 90},
+    "long": {"flag_default": 0, "default_time": NOT_GIVEN, "max_time": 90},
+    "free": {"flag_default": 0, "default_time": NOT_GIVEN, "max_time": UNLIMITED},
+}
+
+
+@pytest.mark.parametrize(
+    ("partition", "limit"),
+    [(None, 7), ("main", 7), ("long", 90), ("main,long", 90), ("long,free", 0), ("lon", 0)],
+)
+def test_without_a_time_limit_that_of_the_partition_counts(partition: str | None, limit: int) -> None:
+    told = lua(admission="features")
+    job = told.submit(PARTS, tres_per_node="gres:mig:1g:1", partition=partition)
+    assert job and job["comment"].endswith(f";l={limit};")
+    assert job["features"] == ("rms_1g.10gb_1_short" if 0 < limit <= 10 else "rms_1g.10gb_1")
+    job = told.submit(PARTS, tres_per_node="gres:mig:1g:1", partition=partition, time_limit=20)
+    assert job and job["comment"].endswith(";l=20;") and job["features"] == "rms_1g.10gb_1"
+
+
+@pytest.mark.parametrize("uid", [USER, 0])
+def test_the_partition_s_limit_counts_where_that_is_changed(uid: int) -> None:
+    told = lua(admission="features")
+    record = {"comment": PREFIX, "features": "rms_1g.10gb_1_short", "job_state": 0.0, "time_limit": float(NOT_GIVEN)}
+    longer = {"features": "rms_1g.10gb_1"}
+    for partition in ("long", "main"):
+        assert told.modify(record, uid, parts=PARTS, partition=partition, wanted=longer)
+        assert told.comment == PREFIX.replace("l=5", "l=90"), "slurmctld gives it no DefaultTime any more"
+    assert told.modify(record | {"time_limit": 5.0}, uid, parts=PARTS, partition="long")
+    assert told.comment is None, "it has a limit of its own"
+    assert told.modify(record | {"time_limit": 5.0}, uid, parts=PARTS, time_limit=40.0, wanted=longer)
+    assert told.comment == PREFIX.replace("l=5", "l=40")
+
+
+@pytest.mark.parametrize("where", [{"req_nodes": "n2"}, {"reservation": "mine"}])
+def test_a_job_that_asks_for_its_name_is_not_bound_to_nodes_later(where: dict[str, str]) -> None:
+    told, asks = lua(admission="features"), OURS | {"features": "ib&rms_3g.40gb_1"}
+    for uid in (USER, 0):
+        assert not told.modify(asks, uid, **where)
+        assert told.modify(OURS, uid, **where) and told.modify(asks, uid, **dict.fromkeys(where, ""))
+    assert told.modify(asks, 0, features="", **where), "who takes the name away, too, knows"
+    assert lua(admission="extra").modify(OURS | {"extra": "rms_3g.40gb_1>=1"}, **where)
 
 
 @pytest.mark.parametrize("record", [{}, {"comment": "mine"}, {"comment": " rms1:"}])
@@ -526,6 +590,7 @@ def test_an_error_of_ours_refuses_only_mig() -> None:
     assert "internal error" in lua().say
     assert lua().submit(broken="script", argc=1, tres_per_node="gres:mig:3g:1") is None
     assert not lua().modify(OURS, broken="max_nodes")
+    assert lua().modify(OURS, 0, broken="req_nodes"), "nothing of the hooks', which are root's, is refused"
     assert not lua().modify({"comment": "mine"}, broken="max_nodes", comment="rms1:")
 
 
@@ -759,7 +824,9 @@ def test_what_one_kind_can_be_asked_it_can_be_asked_among_others(mixed: Lua) -> 
 def cluster() -> Iterator[Cluster]:
     if missing() and "CI" not in os.environ:
         pytest.skip(f"Slurm is not installed: {missing()}")
-    made = Cluster(nodes=2, gres=site.gres(ONE_KIND[0], "sums"), extra_conf="GresTypes=mig,migc,migm,gpu")
+    conf = "GresTypes=mig,migc,migm,gpu\nPartitionName=short Nodes=ALL DefaultTime=7 MaxTime=30\n"
+    conf += "PartitionName=main Nodes=ALL Default=YES MaxTime=60\n"
+    made = Cluster(nodes=2, gres=site.gres(ONE_KIND[0], "sums"), extra_conf=conf)
     # The hooks are no part of this: only what lies beside slurm.conf for slurmctld.
     files = site.files(ONE_KIND, "/nonexistent/rms.toml", str(made.conf), "sums")
     made.etc.mkdir()
@@ -849,7 +916,22 @@ def test_slurm_keeps_the_user_from_forging(cluster: Cluster) -> None:
     assert "refused uid" in (cluster.log / "slurmctld.log").read_text()
     for change in ["NumNodes=1", f"comment={prefix}other", "JobName=x", "Requeue=0", "TimeLimit=3"]:
         assert update(ours, change), change
-    assert cluster.job(ours)["Comment"] == prefix.replace("l=0", "l=3") + "other"
+    assert cluster.job(ours)["Comment"] == prefix.replace("l=60", "l=3") + "other"
     for change in ["comment=other", "NumNodes=2", "TimeLimit=3"]:
         assert update(plain, change), change
-    assert update(ours, "comment=root may", as_root=True)
+    for change in ["comment=moved", "TimeLimit=40"]:
+        assert update(ours, change, as_root=True), change
+    assert cluster.job(ours)["Comment"] == prefix.replace("l=60", "l=40") + "moved"
+
+
+@pytest.mark.slurm
+def test_slurm_tells_the_limit_of_the_partition(cluster: Cluster) -> None:
+    user = cluster.users[0]
+    for options, limit in ((), 60), (["-p", "short"], 7), (["-p", "short,main"], 60), (["-p", "short", "-t9"], 9):
+        job = cluster.sbatch("true", "--gres=mig:1g", "--hold", *options, user=user)
+        assert f";l={limit};" in cluster.job(job)["Comment"], options
+    for origin, to, limit in (("short", "main", 7), ("main", "short", 30)):  # from main it brings no limit
+        moved = cluster.sbatch("true", "--gres=mig:1g", "--hold", "-p", origin, user=user)
+        cluster.run("scontrol", "update", f"jobid={moved}", f"Partition={to}", user=user)
+        assert f";l={limit};" in cluster.job(moved)["Comment"]
+        assert cluster.job(moved)["TimeLimit"] == f"00:{limit:02}:00"
