@@ -94,9 +94,14 @@ def problems(
 
 def _sentinel(node: Mapping[str, str], never: Mapping[str, str], names: Sequence[str]) -> Iterator[str]:
     called = f"slurm.conf: node {site.SENTINEL}"
-    if not never or "FUTURE" not in never.get("State", ""):
+    if not never:
         yield f"{called} with State=FUTURE is missing: jobs that do not fit now would be refused"
         return
+    if "FUTURE" not in (state := never.get("State", "")):
+        yield (
+            f"node {site.SENTINEL} is {state}, not FUTURE (scontrol update NodeName=ALL State=RESUME does that): "
+            f"scontrol update NodeName={site.SENTINEL} State=FUTURE"
+        )
     features = set(_words(never.get("AvailableFeatures", "")))
     own = [f for f in _words(node.get("AvailableFeatures", "")) if not f.startswith(publish.PREFIX)]
     if lacking := [name for name in (*own, *names) if name not in features]:

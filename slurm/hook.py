@@ -110,6 +110,13 @@ def prolog(hook: Hook, config: Config, slurm_conf: str, log: Log) -> int:
     ticket = parse_comment(hook.comment)
     if ticket is None:
         raise RequestError("the job has no MIG request")  # the shell part sends no such job here
+    if not os.path.lexists(left := os.path.join(grant.directory(config.run_dir), str(hook.run.job))):
+        grant.refuse(config.run_dir, hook.run)  # says so where nothing can be written there
+        # The TaskProlog would look elsewhere for the grant, and send the job back each time.
+        raise NodeError(
+            f"the Prolog's shell part left no {left}: if run_dir in rms.toml was changed, "
+            "write the hooks again with `rms slurm-config`"
+        )
     try:
         granted = _acquire(hook, config, ticket, log)
     except NoRoomError as error:

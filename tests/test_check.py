@@ -116,7 +116,7 @@ def test_the_node() -> None:
 @pytest.mark.parametrize(
     ("never", "said"),
     [
-        ({"State": "IDLE"}, "State=FUTURE is missing"),
+        ({"State": "IDLE"}, "rmsfit is IDLE, not FUTURE"),
         ({"AvailableFeatures": ",".join(NAMES)}, "lacks features: ib"),
         ({"AvailableFeatures": "ib," + ",".join(NAMES[1:])}, f"lacks features: {NAMES[0]}"),
         ({"Partitions": "main"}, "not in partition long"),
@@ -128,6 +128,8 @@ def test_the_node() -> None:
 def test_the_node_that_is_never_there(never: dict[str, str], said: str) -> None:
     (one,) = found("features", never=never)
     assert said in one
+    (one,) = problems("features", SETTINGS, NODE, {}, KIND)
+    assert "rmsfit with State=FUTURE is missing" in one
 
 
 @pytest.mark.parametrize(

@@ -338,7 +338,7 @@ def test_a_comment_that_makes_no_sense_ends_the_job_not_the_node(slurm: Cluster)
         assert not (slurm.users[0].work / f"slurm-{job}.out").exists()
 
 
-@pytest.mark.parametrize("fault", ["config", "state", "python", "link"])
+@pytest.mark.parametrize("fault", ["config", "state", "python", "link", "run_dir"])
 def test_the_nodes_own_fault_drains_it_and_the_job_waits(slurm: Cluster, fault: str) -> None:
     config, state, prolog = slurm.etc / "rms.toml", slurm.root / "n1" / "state" / "state.json", slurm.etc / "prolog"
     jobs = slurm.root / "n1" / "run" / "jobs"
@@ -350,6 +350,8 @@ def test_the_nodes_own_fault_drains_it_and_the_job_waits(slurm: Cluster, fault: 
         elif fault == "state":
             body = '{"schema":99}'
             state.write_text(f'{{"crc32":{zlib.crc32(body.encode())},"state":{body}}}\n')
+        elif fault == "run_dir":
+            config.write_text(config.read_text().replace("%n/run", "%n/moved"))
         elif fault == "python":
             prolog.write_text(prolog.read_text().replace(" -I -m slurm.hook", "-missing -I -m slurm.hook"))
         else:

@@ -98,6 +98,11 @@ def test_doctor_finds_slurm_as_it_must_be(slurm: RmsCluster) -> None:
     said = json.loads(done.stdout)["slurm"]
     assert any("extra_constraints" in text for text in said)
     assert any('rms_table.lua is made for admission = "features", rms.toml says "extra"' in text for text in said)
+    for state, reason in (("DRAIN", ["Reason=maintenance"]), ("RESUME", [])):  # the node that is never there, too
+        slurm.run("scontrol", "update", "NodeName=ALL", f"State={state}", *reason)
+    (said,) = json.loads(slurm.run(*doctor, check=False).stdout)["slurm"]
+    slurm.run(*said.partition("): ")[2].split())
+    assert json.loads(slurm.run(*doctor).stdout)["slurm"] == []
     hook = slurm.etc / "task_prolog"
     hook.chmod(0o644)
     try:
