@@ -96,11 +96,8 @@ def _opened(path: str, flags: int) -> int:
 def end(run_dir: str, run: Run) -> None:
     """Let the grant of a run no longer count: it is being released. Raises NodeError."""
     present = read(run_dir, run.job)
-    if present and present.restart <= run.restart and present.status == "granted":
-        try:
-            write(run_dir, run, Grant("ended", present.restart))
-        except NodeError:  # a full disk: it can still be removed
-            remove(run_dir, run)
+    if present and present.status == "granted":
+        write(run_dir, run, Grant("ended", present.restart))
 
 
 def ended(run_dir: str, run: Run) -> bool:

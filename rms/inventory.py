@@ -186,10 +186,6 @@ class State:
         self.counter += 1
         return self.counter
 
-    def gpu(self, uuid: str) -> Gpu:
-        """The record of a GPU."""
-        return next(gpu for gpu in self.gpus if gpu.uuid == uuid)
-
     def of_run(self, run: Run) -> Allocation | None:
         """The allocation of a run, if it has one."""
         return next((a for a in self.allocations if a.run == run), None)

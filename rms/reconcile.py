@@ -213,7 +213,8 @@ def recover(
         if a.granted and a.run not in in_flight and grants.get(a.run.job, (None,))[0] == a.run
     ]
     state.intents = []
-    state.counter += 1000  # numbers that the lost state may have given
+    # Beyond what the lost state may have given, also where nothing is left of it: no node needs a thousand a second.
+    state.counter = max(state.counter + 1000, int(now * 1000))
     lines = [
         line
         for gpu in state.gpus

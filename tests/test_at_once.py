@@ -9,8 +9,8 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +219,7 @@ def test_who_waits_to_mend_a_gpu_goes_on_once_another_one_has_mended_it(node: No
 
     def doubt(why: str) -> None:
         with store.open("test") as state:
-            state.gpu(gpu).doubt = why
+            next(known for known in state.gpus if known.uuid == gpu).doubt = why
             store.save(state)
 
     doubt("it failed")
@@ -229,6 +229,38 @@ def test_who_waits_to_mend_a_gpu_goes_on_once_another_one_has_mended_it(node: No
         assert os.waitpid(waiting, os.WNOHANG) == (0, 0), "a GPU in doubt must be looked at before a decision"
         doubt("")
         assert ended([waiting]) == {0: 1}
+    node.check_empties()
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_what_a_living_call_is_about_to_do_is_left_alone(
+    node: Node, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    """Another process looks at its GPU, or finds it lost, when it has decided and does not have the GPU's lock yet."""
+    node.configure(gpus=[0])
+    node.acquire(1, "1g:2")
+    node.release(1)
+    real, looks = Store.hardware, []
+
+    @contextmanager
+    def late(self: Store, gpus: Any, what: str, *more: Any) -> Iterator[None]:
+        if what == "run 2.0" and not looks:
+            looks.append(reserved := node.statuses())
+            if lost:
+                node.lose(0)
+            assert ended([started(node.reconcile)]) == {int(lost): 1}, "no GPU is left"
+            assert node.statuses() == reserved
+            if lost:
+                node.lose(0, lost=False)
+        with real(self, gpus, what, *more):
+            yield
+
+    monkeypatch.setattr(Store, "hardware", late)
+    assert len(node.acquire(2, "7g")) == 1
+    assert sorted(looks[0].values()) == ["making", "removing", "removing"]
+    monkeypatch.undo()
+    node.reconcile()
+    node.check()
     node.check_empties()
 
 

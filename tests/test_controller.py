@@ -25,11 +25,11 @@ from hypothesis import strategies as st
 from test_planner import BROKEN, room
 
 import controller as local
-from rms import geometry, grant, inventory
+from rms import geometry, grant, hardware, inventory
 from rms.device import Device, DeviceError, Nvml
 from rms.errors import ClosedRunError, NodeError, NoRoomError, RequestError
 from rms.geometry import Placement
-from rms.inventory import Run, State
+from rms.inventory import Intent, Owner, Run, State
 from rms.request import parse
 from rms.store import Store
 
@@ -144,6 +144,47 @@ def test_a_late_acquire_of_a_run_whose_successor_was_refused_gets_nothing(node: 
         node.acquire(1, "3g", restart=0)
     node.acquire(1, "3g", restart=1)
     node.check()
+
+
+def test_a_late_acquire_of_an_older_run_gets_nothing_whatever_its_prolog_has_written(node: Node) -> None:
+    node.acquire(1, "3g", restart=1)
+    before = node.state().allocations
+    node.marker(1).write_text("refused 0\n")
+    with pytest.raises(ClosedRunError, match=r"1\.1 runs here"):
+        node.acquire(1, "3g", restart=0)
+    assert node.state().allocations == before
+
+
+def test_a_grant_never_takes_the_place_of_a_newer_run_s_refusal(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newer run's Prolog begins while the older one's is at work, and is killed: nothing of that run may start."""
+    real = hardware.change
+
+    def slow(*more: Any) -> Any:
+        node.marker(1).write_text("refused 1\n")
+        return real(*more)
+
+    monkeypatch.setattr(hardware, "change", slow)
+    node.acquire(1, "3g", restart=0)
+    node.release(1, restart=0)
+    assert node.marker(1).read_text() == "refused 1\n"
+
+
+def test_a_run_is_not_waited_for_without_an_end(node: Node) -> None:
+    """Another process is at work on it, and stuck."""
+    node.acquire(2, "1g")
+    node.configure(deadline_seconds=0.3)
+    with subprocess.Popen(["sleep", "60"]) as process:
+        owner = Owner(process.pid, inventory.process_started(process.pid) or 0)
+        with Store(node.config.state_dir, time.monotonic() + 5).open("test") as state:
+            state.intents.append(Intent(state.number(), "acquire", run(1), owner))
+            Store(node.config.state_dir, 0.0).save(state)
+        for call in (lambda: node.acquire(1, "1g"), lambda: node.release(1)):
+            with pytest.raises(NodeError, match=f"is being worked on by process {process.pid}, for longer than 0.3 s"):
+                call()
+        process.kill()
+    node.configure(deadline_seconds=20)
+    node.acquire(3, "1g")
+    node.check_empties()
 
 
 def test_a_job_id_that_comes_again_is_another_job(node: Node) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 from conftest import Node, run
 
-from rms import grant
+from rms import grant, sent_back
 from rms.store import Store
 from slurm import site
 
@@ -372,6 +372,63 @@ def test_no_room_and_slurm_says_no(hooks: Hooks) -> None:
     assert hooks.call("prolog", 7).returncode == 1
     assert time.monotonic() - began < 10
     assert hooks.left() == "refused 0"
+
+
+def test_a_node_out_of_order_while_slurmctld_is_away(hooks: Hooks) -> None:
+    """Slurm itself drains it then, since the hook fails: one that ended well would have the job started."""
+    hooks.node.toml.write_text("gpu = 1\n")
+    hooks.does("scontrol", f"echo '{UNREACHABLE}' >&2; exit 1")
+    for hook in ("prolog", "epilog"):
+        assert hooks.call(hook).returncode == 1
+    assert hooks.left() == "refused 0"
+
+
+def test_on_a_node_out_of_order_srun_is_told_and_ends(hooks: Hooks) -> None:
+    hooks.node.toml.write_text("gpu = 1\n")
+    hooks.job(batch=0)
+    hooks.prolog()
+    calls = hooks.calls()
+    assert "[NodeName=n1] [State=DRAIN] [Reason=rms: " in calls and "requeue" not in calls
+    assert calls.endswith("scontrol [notify] [7] [rms: node n1 is out of order; try again]\nscancel [7]\n")
+
+
+def test_a_fault_of_rms_itself_drains_the_node_and_costs_no_job(hooks: Hooks) -> None:
+    inside = hooks.node.root / "inside.py"
+    inside.write_text(inside.read_text().replace("sys.exit", "hook.controller.Controller = None\nsys.exit"))
+    hooks.prolog()
+    calls = hooks.calls()
+    assert "[State=DRAIN] [Reason=rms: internal error: TypeError: " in calls and "scontrol [requeue] [7]" in calls
+    assert hooks.left() == "refused 0"
+    hooks.epilog()
+    assert "[State=DRAIN] [Reason=rms: internal error: TypeError: " in (calls := hooks.calls())
+    assert "requeue" not in calls, "what ends here is not started anew"
+
+
+def test_a_request_that_can_not_be_while_slurmctld_is_away(hooks: Hooks) -> None:
+    """The user's fault is never the node's."""
+    hooks.does("squeue", f"echo '{UNREACHABLE}' >&2; exit 1")
+    hooks.prolog(comment="rms1:7g:3;s=1;l=0;")
+    assert "cannot cancel the job" in hooks.log() and "DRAIN" not in hooks.calls()
+    assert hooks.left() == "refused 0"
+
+
+def test_a_job_that_was_sent_back_is_woken_as_soon_as_there_is_room(hooks: Hooks) -> None:
+    """On a Slurm that needs no credential's life before it may come again (23.02.7)."""
+    hooks.prolog(1, comment=WHOLE_NODE)
+    start = int(time.time()) + 30
+    answer = (hooks.bin / "squeue.does").read_text()
+    hooks.does("squeue", f'case "$*" in *EligibleTime*) echo PENDING 1 {start}; exit ;; esac\n{answer}')
+    hooks.does("scontrol", '[ "$*" != "show config" ] || echo "SLURM_VERSION = 24.05.0"')
+    hooks.prolog(7)
+    assert "scontrol [requeue] [7]\nscontrol [update] [JobId=7] [StartTime=now+30]\n" in hooks.calls()
+    (waiting,) = sent_back.load(hooks.node.config.state_dir, time.time())
+    assert (waiting.job, waiting.request, waiting.submit, waiting.start) == (7, "3g.40gb:1", 1, start)
+    hooks.epilog(7)
+    assert "StartTime" not in hooks.calls(), "there is no room yet"
+    hooks.epilog(1)
+    assert "scontrol [update] [JobId=7] [StartTime=now]\n" in hooks.calls()
+    hooks.prolog(7, SLURM_JOB_RESTART_COUNT="1")
+    assert sent_back.load(hooks.node.config.state_dir, time.time()) == []
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,7 @@ def test_what_the_policy_has_in_mind_is_made_and_used(node: Node) -> None:
     assert node.state().prewarmed == (made, 1)
     assert [line["prewarmed"] for line in node.audit() if line["event"] == "granted"] == [0, 1]
     node.release(2)
+    node.acquire(3, "3g:2")
     assert warm(node) == 0 and node.state().prewarmed == (made, 1), "it counts once"
     node.check_empties()
 

@@ -324,6 +324,25 @@ def test_what_a_dead_process_left_half_made_is_removed(fast_dir: Path) -> None:
     node.check_empties()
 
 
+@pytest.mark.parametrize(("act", "where"), [("acquire", "create_compute_instance"), ("release", "setxattr")])
+def test_a_gpu_is_lost_together_with_a_process_at_work_on_it(fast_dir: Path, act: str, where: str) -> None:
+    """What that one has left is cleaned up once the GPU is back."""
+    node = Node(fast_dir / "node", gpus=[0])
+    if act == "release":
+        node.acquire(1, "4g")
+    killed_in(node, lambda: node.acquire(1, "4g") if act == "acquire" else node.release(1), where)
+    node.lose(0)
+    with pytest.raises(NodeError, match="lost"):
+        node.acquire(2, "1g")
+    assert node.state().intents == [] and node.state().allocations == []
+    assert {*node.statuses().values()} == {"quarantined" if act == "acquire" else "idle"}
+    node.lose(0, lost=False)
+    node.reconcile()
+    node.check()
+    assert len(node.acquire(3, "3g:2")) == 2, "nothing is in the way"
+    node.check_empties()
+
+
 # Runs that are over.
 
 
@@ -441,6 +460,8 @@ def test_a_dry_run_after_a_reboot_and_of_a_damaged_state(node: Node, capsys: pyt
     node.boot("second boot")
     open_gpus(node)
     node.device().instances(open_gpus(node)[0])  # simulated GPUs notice the boot when they are asked
+    node.marker(1).parent.mkdir(parents=True)
+    node.marker(1).write_text("granted 0 1000 cluster 3g.40gb:1\nMIG-of-before\n")  # where /run outlives a boot
     before = world(node)
     assert "this node has booted" in rms(node, capsys, "reconcile", "--dry-run", *nowhere)
     assert world(node) == before

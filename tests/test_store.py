@@ -603,7 +603,7 @@ def test_the_state_is_lost_between_deciding_and_doing(node: Node, monkeypatch: p
     @contextmanager
     def late(self: Store, gpus: Any, what: str) -> Iterator[None]:
         if what == "run 3.0" and not done:
-            done.append(what)
+            done.append(node.state().counter)
             for name in ("state.json", "state.json.previous"):
                 cut(node.root / "state" / name)
             node.acquire(4, "3g:2")  # reuses the instances that run 3 has meant to destroy
@@ -613,7 +613,8 @@ def test_the_state_is_lost_between_deciding_and_doing(node: Node, monkeypatch: p
     monkeypatch.setattr(store.Store, "hardware", late)
     with pytest.raises(Exception, match="no room"):
         node.acquire(3, "7g")
-    assert done
+    (given,) = done
+    assert all(i.generation > given for gpu in node.state().gpus for i in gpu.instances), "a number is given once"
     monkeypatch.undo()
     node.check()
     node.check_empties()
