@@ -10,7 +10,7 @@ SLURM_PACKAGES := slurm-wlm slurm-wlm-basic-plugins slurm-client munge
 demo: $(VENV)/installed | slurm
 	$(BIN)/python tests/demo.py
 
-test: $(VENV)/tools | slurm compiler
+test: $(VENV)/tools | slurm database compiler
 	$(BIN)/python -m pytest $(TESTS)
 
 # The way of a job, and asking slurmctld, on a newer Slurm: in a chroot of Debian testing, or with SUITE=trixie of Debian
@@ -73,6 +73,12 @@ $(VENV)/tools: $(VENV)/installed
 slurm:
 	@command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null && command -v sbatch >/dev/null || \
 	$(MAKE) --no-print-directory packages PACKAGES="$(SLURM_PACKAGES)" || echo "rms: Slurm could not be installed here"
+
+# For the tests of what slurmdbd counts.
+.PHONY: database
+database:
+	@command -v slurmdbd >/dev/null && command -v mariadbd >/dev/null || \
+	$(MAKE) --no-print-directory packages PACKAGES="slurmdbd mariadb-server-core mariadb-client-core" || echo "rms: slurmdbd could not be installed here"
 
 # For the tests' stand-in for libnvidia-ml.so.1.
 .PHONY: compiler

@@ -67,6 +67,10 @@ class BadLineError(Exception):
     """What is wrong with a line."""
 
 
+class NoTimeError(BadLineError):
+    """A job that ends when it starts."""
+
+
 class LeftOutError(Exception):
     """Why a line, though nothing is wrong with it, is not a job to replay."""
 
@@ -211,7 +215,10 @@ def sacct_row(line: Sequence[str], where: Mapping[str, int]) -> Row:
     never = "allocated" in where and not line[where["allocated"]].strip()  # some releases give such jobs a start
     if never or any(line[where[what]].strip().lower() in NOT_KNOWN for what in ("start", "end") if what in where):
         raise LeftOutError("jobs that have not started or not ended")
-    return times(line, where, tuple((profile.lower(), counted(count)) for profile, count in found))
+    try:
+        return times(line, where, tuple((profile.lower(), counted(count)) for profile, count in found))
+    except NoTimeError:
+        raise LeftOutError("jobs of less than a second") from None  # Slurm counts whole seconds
 
 
 def counted(text: str) -> int:
@@ -228,8 +235,10 @@ def times(line: Sequence[str], where: Mapping[str, int], items: Items) -> Row:
     if start < submit:
         raise BadLineError("starts before it is submitted")
     duration = span(line[where["duration"]]) if "duration" in where else moment(line[where["end"]]) - start
+    if duration == 0:
+        raise NoTimeError("lasts no time")
     if not 0 < duration < inf:
-        raise BadLineError("lasts no time" if duration == 0 else "ends before it starts, or never")
+        raise BadLineError("ends before it starts, or never")
     limit = inf
     if "limit" in where and line[where["limit"]].strip().lower() not in NO_LIMIT:
         limit = span(line[where["limit"]]) * (60 if "minutes" in where else 1)

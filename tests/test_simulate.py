@@ -40,6 +40,8 @@ JobID|Submit|Start|End|Elapsed|Timelimit|State|AllocTRES|ReqTRES
 4|2026-03-01T10:03:00|2026-03-01T10:03:00|2026-03-01T10:33:00|00:30:00|01:00:00|COMPLETED|cpu=1,gres/gpu:a100=1|cpu=1
 5|2026-03-01T10:03:00|Unknown|Unknown|00:00:00|01:00:00|PENDING||gres/mig:7g.80gb=1
 6|2026-03-01T10:03:00|2026-03-01T10:04:00|2026-03-01T10:04:00|00:00:00|01:00:00|CANCELLED||gres/mig:7g.80gb=1
+7|2026-03-01T10:03:00|None|2026-03-01T10:04:00|00:00:00|01:00:00|CANCELLED by 0||gres/mig:7g.80gb=1
+8|2026-03-01T10:03:00|2026-03-01T10:04:00|2026-03-01T10:04:00|00:00:00|01:00:00|COMPLETED|gres/mig:7g.80gb=1|gres/mig:7g.80gb=1
 """
 
 
@@ -79,7 +81,8 @@ def test_what_sacct_prints(path: Path) -> None:
     assert left_out == {
         "steps of jobs": 1,
         "jobs without MIG instances": 1,
-        "jobs that have not started or not ended": 2,
+        "jobs that have not started or not ended": 3,
+        "jobs of less than a second": 1,
     }
 
 

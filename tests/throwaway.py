@@ -355,7 +355,7 @@ class Cluster:
         key_file = self.root / "munge" / "key"
         key_file.touch(mode=0o600)
         key_file.write_bytes(os.urandom(128))
-        self.ports = dict(zip(["slurmctld", *self.nodes], _free_ports(), strict=False))
+        self.ports = dict(zip(["slurmctld", *self.nodes], free_ports(), strict=False))
         for name, text in self._files.items():
             (self.etc / name).write_text(text)
         self.conf.write_text(self._slurm_conf())
@@ -482,7 +482,7 @@ def _two_users() -> list[pwd.struct_passwd]:
     return [p for p in others if by_uid[p.pw_uid] is p][:2]
 
 
-def _free_ports() -> Iterator[int]:
+def free_ports() -> Iterator[int]:
     """TCP ports of the loopback on which nobody listens, below the range that clients get theirs from."""
     while True:
         port = random.randrange(20_000, 32_000)
