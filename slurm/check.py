@@ -108,7 +108,7 @@ def _sentinel(node: Mapping[str, str], never: Mapping[str, str], names: Sequence
         yield f"{called} lacks features: {' '.join(lacking[:5])}{' ...' if len(lacking) > 5 else ''}"
     if lacking := [p for p in _words(node.get("Partitions", "")) if p not in _words(never.get("Partitions", ""))]:
         yield f"{called} is not in partition {' '.join(lacking)}"
-    for key in ("CPUTot", "RealMemory"):
+    for key in ("CPUTot", "Sockets", "CoresPerSocket", "ThreadsPerCore", "RealMemory", "TmpDisk"):
         if int(never.get(key, 0)) < int(node.get(key, 0)):
             yield f"{called} has {key}={never.get(key)}, this node {node[key]}: it must have as much"
     there = _gres(never)

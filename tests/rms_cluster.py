@@ -88,6 +88,7 @@ nodes = "{root}/%n/nodes"
     hooks = {option: etc / name for option, name in site.HOOKS.items()}
     if admission == "features":
         line = site.sentinel(cluster).replace(" Gres=", f" Gres={others},").replace("=,", "=")
+        line = line.replace(" Sockets=2 CoresPerSocket=64 ThreadsPerCore=2", "")  # nor have our nodes more than CPUs
         line = line.replace(" Features=", f" Features={features},").replace("=,", "=")
         options["extra_conf"] = f"{line}{options.get('extra_conf', '')}"
     if admission == "extra":

@@ -36,6 +36,9 @@ NODE = {
     "Gres": f"gpu:a100:2(S:0-1),{site.gres(KIND, 'sums')}{TOKEN}",
     "Partitions": "main,long",
     "CPUTot": "64",
+    "Sockets": "2",
+    "CoresPerSocket": "16",
+    "ThreadsPerCore": "2",
     "RealMemory": "1000",
 }
 NEVER = {
@@ -44,6 +47,9 @@ NEVER = {
     "Gres": f"gpu:a100:4,{site.gres(KIND, 'features')}",
     "Partitions": "main,long,debug",
     "CPUTot": "128",
+    "Sockets": "2",
+    "CoresPerSocket": "32",
+    "ThreadsPerCore": "2",
     "RealMemory": "1000",
 }
 
@@ -122,6 +128,8 @@ def test_the_node() -> None:
         ({"Partitions": "main"}, "not in partition long"),
         ({"CPUTot": "32"}, "CPUTot=32, this node 64"),
         ({"RealMemory": "1"}, "RealMemory=1, this node 1000"),
+        ({"CoresPerSocket": "1"}, "CoresPerSocket=1, this node 16"),
+        ({"ThreadsPerCore": "1"}, "ThreadsPerCore=1, this node 2"),
         ({"Gres": site.gres(KIND, "features")}, "0 of gres gpu:a100, this node 2"),
     ],
 )
