@@ -31,12 +31,14 @@ WORK = records.script("while [ ! -e go-on ]; do sleep 0.1; done; echo now $CUDA_
 @pytest.fixture(scope="module")
 def slurm(slurm_root: Path) -> Iterator[RmsCluster]:
     """One node with two GPUs, whose boot id is ours to change."""
-    more = f"SlurmdTimeout=5\nRebootProgram={slurm_root}/etc/reboot\n"
+    more = f"SlurmdTimeout=5\nRebootProgram={slurm_root}/etc/reboot\nSuspendProgram={slurm_root}/etc/suspend\n"
+    more += f"ResumeProgram={slurm_root}/etc/resume\nSuspendTime=3600\nSuspendTimeout=1\nResumeTimeout=60\n"
     cluster = rms_cluster(slurm_root, nodes=1, admission="features", create=0.02, destroy=0.02, cred_expire=5,
                           settings=f'boot_id_file = "{slurm_root}/%n/boot_id"', extra_conf=more)  # fmt: skip
     (slurm_root / "n1" / "boot_id").write_text("first\n")
-    (slurm_root / "etc" / "reboot").write_text(f"#!/bin/sh\n: >{slurm_root}/rebooted\n")
-    (slurm_root / "etc" / "reboot").chmod(0o755)
+    for what, done in {"reboot": "rebooted", "suspend": "suspended", "resume": "resumed"}.items():
+        (slurm_root / "etc" / what).write_text(f"#!/bin/sh\n: >{slurm_root}/{done}\n")
+        (slurm_root / "etc" / what).chmod(0o755)
     with cluster:
         yield cluster
 
@@ -137,11 +139,31 @@ def test_scontrol_reboot(slurm: RmsCluster) -> None:
     go_on(slurm)
     slurm.wait((slurm.root / "rebooted").exists, 60, "slurmd is to reboot the node")
     slurm.stop_daemon("n1", signal.SIGKILL)
-    (slurm.root / "n1" / "boot_id").write_text("second\n")
+    boot(slurm, "second")
+    ran_once(slurm, before, after)
+
+
+def boot(slurm: RmsCluster, boot_id: str) -> None:
+    """What happens on the node when it comes up again."""
+    (slurm.root / "n1" / "boot_id").write_text(f"{boot_id}\n")
     shutil.rmtree(slurm.root / "n1" / "run")
     reconcile(slurm)  # rms-reconcile.service
     slurm.start_daemon("n1", options=["-b"])
     slurm.publish()  # rms-publish.timer
+
+
+def test_a_node_that_sleeps_is_woken_by_a_job_that_fits_there(slurm: RmsCluster) -> None:
+    """Power saving: what the node has told stays with slurmctld, and only an idle node is sent to sleep."""
+    before = running(slurm, "3g")
+    go_on(slurm)
+    ran_once(slurm, before)
+    slurm.run("scontrol", "update", "NodeName=n1", "State=POWER_DOWN")
+    slurm.wait((slurm.root / "suspended").exists, 60, "slurmctld is to send the node to sleep")
+    slurm.stop_daemon("n1")
+    slurm.wait(lambda: "POWERED_DOWN" in slurm.run("scontrol", "show", "node", "n1").stdout, 60, "it sleeps")
+    after = slurm.sbatch(WORK, "--gres=mig:7g:2", user=slurm.users[1])
+    slurm.wait((slurm.root / "resumed").exists, 60, "slurmctld is to wake it")
+    boot(slurm, "third")
     ran_once(slurm, before, after)
 
 
