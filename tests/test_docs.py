@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,3 +76,15 @@ def test_nothing_waits_for_ever_for_a_unit_of_ours(unit: Path) -> None:
     text = unit.read_text()
     if "Type=oneshot" in text and "rms-learn" not in unit.name:  # which is not in anybody's way
         assert re.search(r"^TimeoutStartSec=\d+min$", text, re.MULTILINE)
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="no systemd here")
+def test_systemd_finds_nothing_wrong_with_our_units(tmp_path: Path) -> None:
+    units = [tmp_path / unit.name for unit in (ROOT / "etc" / "systemd").iterdir()]
+    for unit in units:
+        unit.write_text((ROOT / "etc" / "systemd" / unit.name).read_text().replace("/opt/rms/bin/rms", sys.executable))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", *units], capture_output=True, text=True, check=False, timeout=60
+    )
+    ours = [line for line in done.stderr.splitlines() if str(tmp_path) in line or line.startswith("rms-")]
+    assert (done.returncode, ours) == (0, [])
