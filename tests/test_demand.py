@@ -185,9 +185,10 @@ def test_what_slurmctld_let_in_all_the_same_is_not_refused(node: Node) -> None:
 
 
 def test_the_same_request_of_another_job_has_the_place(node: Node) -> None:
-    node.acquire(1, "3g:2")
-    tell(node, "3g.40gb:2")
-    assert {g.number for g in node.acquire(2, "3g:2")} == {1}
+    one = node.acquire(1, "3g")
+    node.release(1)
+    tell(node, "3g.40gb:1")
+    assert node.acquire(2, "3g") == one
 
 
 @pytest.mark.parametrize("left", ["", "rms1:nonsense", "\0\xff", "rms1:u=9;j=1;k=7g.80gb:1;q=;"])

@@ -16,6 +16,7 @@ import pytest
 from conftest import Node, needs_root, open_gpus, run
 from test_crash import killed_in
 
+from controller import Controller
 from rms import cli, grant, hardware, inventory
 from rms.device import Nvml
 from rms.errors import ClosedRunError, NodeError, NoRoomError
@@ -632,6 +633,9 @@ def test_a_run_that_has_lost_half_of_what_it_had_robs_nobody_when_the_state_is_l
     def lose_state() -> None:
         for name in ("state.json", "state.json.previous"):
             (node.root / "state" / name).write_text("damaged")
+        before = world(node)
+        Controller(node.config, log=node.log.append, rehearsal=True).reconcile(lambda standing: [])
+        assert world(node) == before
         node.reconcile()
 
     lose_state()
