@@ -142,7 +142,7 @@ class Controller:
                 if all(gpu.fault for gpu in state.gpus):
                     raise NodeError("; ".join(f"GPU {gpu.uuid}: {gpu.fault}" for gpu in state.gpus))
                 at_work = {intent.run for intent in state.intents}
-                return [a.run for a in state.allocations if a.granted and a.run not in at_work]
+                return [a.run for a in state.allocations if a.run not in at_work]
 
         standing = self._recovering(settle)
         ended = [run for run in standing if grant.ended(self.config.run_dir, run)]

@@ -191,6 +191,12 @@ def test_the_same_request_of_another_job_has_the_place(node: Node) -> None:
     assert node.acquire(2, "3g") == one
 
 
+def test_nothing_is_kept_for_a_job_that_has_come(node: Node) -> None:
+    tell(node, "3g.40gb:1")
+    (nine,) = node.acquire(9, "3g")
+    assert node.acquire(2, "1g")[0].gpu == nine.gpu, "a place for another 3g is left there"
+
+
 @pytest.mark.parametrize("left", ["", "rms1:nonsense", "\0\xff", "rms1:u=9;j=1;k=7g.80gb:1;q=;"])
 def test_nothing_told_is_nothing_kept(node: Node, left: str) -> None:
     (Path(node.config.state_dir) / demand.FILE).write_bytes(left.encode("latin-1"))

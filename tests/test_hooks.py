@@ -392,6 +392,13 @@ def test_on_a_node_out_of_order_srun_is_told_and_ends(hooks: Hooks) -> None:
     assert calls.endswith("scontrol [notify] [7] [rms: node n1 is out of order; try again]\nscancel [7]\n")
 
 
+def test_a_node_that_is_drained_keeps_its_reason(hooks: Hooks) -> None:
+    hooks.node.toml.write_text("gpu = 1\n")
+    hooks.does("sinfo", "echo drained")
+    hooks.prolog()
+    assert "Reason" not in (calls := hooks.calls()) and "scontrol [requeue] [7]" in calls
+
+
 def test_a_fault_of_rms_itself_drains_the_node_and_costs_no_job(hooks: Hooks) -> None:
     inside = hooks.node.root / "inside.py"
     inside.write_text(inside.read_text().replace("sys.exit", "hook.controller.Controller = None\nsys.exit"))

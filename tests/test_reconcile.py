@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import subprocess
 import time
 import zlib
@@ -389,6 +390,13 @@ def test_a_run_that_a_hook_is_at_work_on_is_left_alone(node: Node) -> None:
     node.check_empties()
 
 
+def test_which_runs_are_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that was requeued is completing, under its next restart count, until its Epilog has ended."""
+    shown = "1 0 RUNNING\n2 1 COMPLETING\n3 0 PENDING\n4 1 RUNNING\n5 0 SUSPENDED\n"
+    monkeypatch.setattr(Slurmctld, "run", lambda *words: shown)
+    assert Slurmctld("").over([run(job) for job in range(1, 7)], "n1") == [run(3), run(4), run(6)]
+
+
 def test_a_reboot_closes_what_was_before(node: Node) -> None:
     node.acquire(1, "3g")
     node.boot("second boot")
@@ -410,10 +418,14 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "SLURM_SECONDS", 0.5)
 
 
-def world(node: Node) -> dict[str, bytes]:
-    """Every file of a node but the locks, which say who held them last, and the list of GPUs that were opened."""
-    files = (path for path in node.root.rglob("*") if path.is_file() and path.suffix not in (".lock", ".opened"))
-    return {str(path): path.read_bytes() for path in files}
+def world(node: Node) -> dict[Path, object]:
+    """Every file of a node but the locks, which say who held them last, and the list of GPUs that were opened; and who
+    may open its devices."""
+    files = [path for path in node.root.rglob("*") if path.is_file() and path.suffix not in (".lock", ".opened")]
+    nodes = [path for path in node.root.rglob("*") if path.is_char_device()]
+    return {path: path.read_bytes() for path in files} | {
+        path: {name: os.getxattr(path, name) for name in os.listxattr(path)} for path in nodes
+    }
 
 
 def test_the_verb_says_what_it_finds_and_a_dry_run_changes_nothing(
