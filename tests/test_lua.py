@@ -932,6 +932,8 @@ def test_slurm_tells_the_limit_of_the_partition(cluster: Cluster) -> None:
         assert f";l={limit};" in cluster.job(job)["Comment"], options
     for origin, to, limit in (("short", "main", 7), ("main", "short", 30)):  # from main it brings no limit
         moved = cluster.sbatch("true", "--gres=mig:1g", "--hold", "-p", origin, user=user)
-        cluster.run("scontrol", "update", f"jobid={moved}", f"Partition={to}", user=user)
+        move = ["scontrol", "update", f"jobid={moved}", f"Partition={to}"]
+        # 26.05 now and then says "Resource temporarily unavailable" to this, of any job.
+        cluster.wait(lambda move=move: cluster.run(*move, user=user, check=False).returncode == 0, 20, "it is moved")
         assert f";l={limit};" in cluster.job(moved)["Comment"]
         assert cluster.job(moved)["TimeLimit"] == f"00:{limit:02}:00"
