@@ -33,14 +33,17 @@ def examine(config: Config, slurm_conf: str, node: str, state: State) -> list[st
     if config.admission == "features":
         try:
             never = _record(ask("node", site.SENTINEL, future=True))
+            if "/tree" in settings.get("TopologyPlugin", ""):
+                never["Switches"] = ask("topology")
         except SlurmError:
-            never = {}
+            never = never or {}
     kind = None
     if state.gpus:
         known = state.geometries[state.gpus[0].model]
         kind = site.Kind(known, len(state.gpus), node, known.profiles)
     found = problems(config.admission, settings, record, never, kind)
-    return [*found, *_files(config.admission, settings, os.path.dirname(slurm_conf))]
+    patience = config.interactive_wait_seconds + 2 * config.deadline_seconds
+    return [*found, *timeouts(settings, patience), *_files(config.admission, settings, os.path.dirname(slurm_conf))]
 
 
 def problems(
@@ -92,6 +95,16 @@ def problems(
         yield "slurmctld has forgotten what fits here, or was never told: rms publish, and rms-publish.timer"
 
 
+def timeouts(settings: Mapping[str, str], patience: float) -> Iterator[str]:
+    """What ends a Prolog or Epilog that may take `patience` seconds. Pure."""
+    for key in ("PrologEpilogTimeout", "PrologTimeout", "EpilogTimeout"):  # the last two in newer releases
+        if (match := re.match(r"\d+", settings.get(key, ""))) and 0 < int(match[0]) < patience:
+            yield (
+                f"slurm.conf: {key} is {match[0]} s, and a hook may take {patience:g} (interactive_wait_seconds and "
+                "twice deadline_seconds in rms.toml): slurmd would kill it and drain the node"
+            )
+
+
 def _sentinel(node: Mapping[str, str], never: Mapping[str, str], names: Sequence[str]) -> Iterator[str]:
     called = f"slurm.conf: node {site.SENTINEL}"
     if not never:
@@ -106,6 +119,8 @@ def _sentinel(node: Mapping[str, str], never: Mapping[str, str], names: Sequence
     own = [f for f in _words(node.get("AvailableFeatures", "")) if not f.startswith(publish.PREFIX)]
     if lacking := [name for name in (*own, *names) if name not in features]:
         yield f"{called} lacks features: {' '.join(lacking[:5])}{' ...' if len(lacking) > 5 else ''}"
+    if site.SENTINEL not in never.get("Switches", site.SENTINEL):
+        yield f"topology.conf: node {site.SENTINEL} is at no switch: jobs that do not fit now would be refused"
     if lacking := [p for p in _words(node.get("Partitions", "")) if p not in _words(never.get("Partitions", ""))]:
         yield f"{called} is not in partition {' '.join(lacking)}"
     for key in ("CPUTot", "Sockets", "CoresPerSocket", "ThreadsPerCore", "RealMemory", "TmpDisk"):

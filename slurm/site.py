@@ -176,10 +176,11 @@ def sentinel(cluster: Sequence[Kind]) -> str:
     largest = ",".join(f"{name}:{count}" for name, count in most.items())
     return f"""\
 # A node that is never there (never polled, not shown by sinfo), without which slurmctld would refuse jobs that do not
-# fit just now. It belongs into every partition of these nodes (PartitionName=... Nodes=...,{SENTINEL}), and needs at
-# least the CPUs, sockets, cores, threads, RealMemory, TmpDisk, Features and Gres of the largest of them: a job that
-# asks for more than it has is refused while no node has room. And no more: a job that only this node could hold waits
-# for ever. Add what your nodes have besides; `rms doctor` compares.
+# fit just now. It belongs into every partition of these nodes (PartitionName=... Nodes=...,{SENTINEL}), with
+# topology/tree to their switch in topology.conf, and needs at least the CPUs, sockets, cores, threads, RealMemory,
+# TmpDisk, Features and Gres of the largest of them: a job that asks for more than it has is refused while no node has
+# room. And no more: a job that only this node could hold waits for ever. Add what your nodes have besides;
+# `rms doctor` compares.
 NodeName={SENTINEL} NodeAddr=127.0.0.1 State=FUTURE \\
  CPUs=256 Sockets=2 CoresPerSocket=64 ThreadsPerCore=2 RealMemory=4000000 \\
  Gres={largest} \\

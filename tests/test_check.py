@@ -10,7 +10,7 @@ import pytest
 from rms import cli
 from rms.errors import NodeError
 from slurm import publish, site
-from slurm.check import problems
+from slurm.check import problems, timeouts
 
 KIND = site.kinds([("A100-80GB", 2, "n1")])[0]
 NAMES = publish.names(KIND.known, KIND.gpus)
@@ -128,6 +128,7 @@ def test_the_node() -> None:
         ({"Partitions": "main"}, "not in partition long"),
         ({"CPUTot": "32"}, "CPUTot=32, this node 64"),
         ({"RealMemory": "1"}, "RealMemory=1, this node 1000"),
+        ({"Switches": "SwitchName=one Level=0 LinkSpeed=1 Nodes=n[1-2]\n"}, "rmsfit is at no switch"),
         ({"CoresPerSocket": "1"}, "CoresPerSocket=1, this node 16"),
         ({"ThreadsPerCore": "1"}, "ThreadsPerCore=1, this node 2"),
         ({"Gres": site.gres(KIND, "features")}, "0 of gres gpu:a100, this node 2"),
@@ -138,6 +139,23 @@ def test_the_node_that_is_never_there(never: dict[str, str], said: str) -> None:
     assert said in one
     (one,) = problems("features", SETTINGS, NODE, {}, KIND)
     assert "rmsfit with State=FUTURE is missing" in one
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, ""),
+        ({"PrologEpilogTimeout": "65534"}, ""),
+        ({"PrologEpilogTimeout": "180"}, ""),
+        ({"PrologEpilogTimeout": "0"}, ""),
+        ({"PrologTimeout": "unlimited"}, ""),
+        ({"PrologEpilogTimeout": "179"}, "PrologEpilogTimeout is 179 s, and a hook may take 180"),
+        ({"EpilogTimeout": "60 sec"}, "EpilogTimeout is 60 s"),
+    ],
+)
+def test_what_would_end_a_hook(settings: dict[str, str], said: str) -> None:
+    found = list(timeouts(SETTINGS | settings, 180.0))
+    assert (said in found[0]) if said else not found
 
 
 @pytest.mark.parametrize(

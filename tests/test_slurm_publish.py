@@ -114,6 +114,25 @@ def test_doctor_finds_slurm_as_it_must_be(slurm: RmsCluster) -> None:
     assert f"TaskProlog is {hook}, which is not there or can't be run" in said
 
 
+def test_the_node_that_is_never_there_must_be_at_a_switch(slurm_root: Path) -> None:
+    tree = {"topology.conf": "SwitchName=one Nodes=n1\n"}
+    with rms_cluster(slurm_root.with_name("tree"), nodes=1, admission="features", files=tree, create=0.02,
+                     extra_conf="TopologyPlugin=topology/tree") as slurm:  # fmt: skip
+        doctor = [sys.executable, "-m", "rms.cli", "doctor", "--json", "--node", "n1", "--config", slurm.config("n1")]
+        assert json.loads(slurm.run(*doctor, check=False).stdout)["slurm"] == [
+            "topology.conf: node rmsfit is at no switch: jobs that do not fit now would be refused"
+        ]
+        full = slurm.sbatch("sleep 600", "--gres=mig:7g:2", user=slurm.users[0])
+        running(slurm, full)
+        slurm.wait(lambda: "rms_" not in record(slurm, "n1")["ActiveFeatures"], 60, "it is full, and says so")
+        one = ("sbatch", "--parsable", "--gres=mig:1g", "--wrap=true")
+        assert "configuration is not available" in slurm.run(*one, user=slurm.users[0], check=False).stderr
+        (slurm.etc / "topology.conf").write_text("SwitchName=one Nodes=n1,rmsfit\n")
+        slurm.stop_daemon("slurmctld")
+        slurm.start_daemon("slurmctld")
+        assert slurm.job(int(slurm.run(*one, user=slurm.users[0]).stdout))["JobState"] == "PENDING"
+
+
 def test_small_jobs_start_together_where_all_of_them_fit(slurm: RmsCluster) -> None:
     array = slurm.sbatch("sleep 20", "--gres=mig:1g", "--array=1-14", user=slurm.users[0])
     slurm.wait(lambda: count(slurm) == 14, 60, "all run")
