@@ -133,7 +133,7 @@ def _leave_alone(entry: str, may_be_gone: bool) -> bool:
 def _settle() -> None:
     """Wait for what may have read an entry before it was written: a nvidia-modprobe that runs. One that a user has
     started is ended, since the user may have stopped it to let it go on later."""
-    running = [pid for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))) if _modprobe(pid)]
+    running = [*map(int, filter(str.isdecimal, os.listdir("/proc")))]
     ended = set()
     until = time.monotonic() + _SETTLE_SECONDS
     while running := [pid for pid in running if _modprobe(pid)]:

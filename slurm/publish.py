@@ -180,7 +180,7 @@ def _pessimistic(state: State, now: float, removed: bool = False) -> View:
     yielding = {intent.number for intent in state.intents if intent.kind == "prewarm"}
     gpus = []
     for gpu, record in zip(view.gpus, state.gpus, strict=True):
-        if record.doubt or record.fault:
+        if record.doubt:  # one with a fault has no room as it is
             gpus.append(gpu.without_room())
         else:
             doomed = (i for i in record.instances if i.status == "removing" and i.intent not in yielding)
@@ -452,7 +452,7 @@ class Publisher:
 
     def _start(self, work: Callable[[], bool]) -> int | None:
         """Do `work` in a process of its own: its pid, 0 if there is none to be had, None if nothing is to be done."""
-        if self._config.admission == "sums" or self._is_published():
+        if self._is_published():
             return None
         try:
             child = os.fork()

@@ -293,6 +293,10 @@ def test_what_is_kept_for_one_job_is_not_offered_to_others() -> None:
     assert offer(node, "boot", 0.0, told._replace(keep="2g.20gb:1")).names == (name(parse("2g", A100)), brief[-1]), (
         "it may itself be one that is over soon"
     )
+    node = state(A100, [[Placement("2g.20gb", 0, 2)]])
+    names = offer(node, "boot", 0.0, told._replace(keep="3g.40gb:1,1g.10gb:1")).names
+    assert "rms_1g.10gb_1_3g.40gb_1" in names, "in whatever order it was asked for"
+    assert name(parse("3g", A100)) not in names
 
 
 @pytest.mark.parametrize("status", ["making", "removing"])
