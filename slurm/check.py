@@ -120,7 +120,7 @@ def _sentinel(node: Mapping[str, str], never: Mapping[str, str], names: Sequence
     if lacking := [name for name in (*own, *names) if name not in features]:
         yield f"{called} lacks features: {' '.join(lacking[:5])}{' ...' if len(lacking) > 5 else ''}"
     if site.SENTINEL not in never.get("Switches", site.SENTINEL):
-        yield f"topology.conf: node {site.SENTINEL} is at no switch: jobs that do not fit now would be refused"
+        yield f"topology.conf: node {site.SENTINEL} is at no switch: jobs that do not fit now may be refused"
     if lacking := [p for p in _words(node.get("Partitions", "")) if p not in _words(never.get("Partitions", ""))]:
         yield f"{called} is not in partition {' '.join(lacking)}"
     for key in ("CPUTot", "Sockets", "CoresPerSocket", "ThreadsPerCore", "RealMemory", "TmpDisk"):

@@ -120,13 +120,14 @@ def test_the_node_that_is_never_there_must_be_at_a_switch(slurm_root: Path) -> N
                      extra_conf="TopologyPlugin=topology/tree") as slurm:  # fmt: skip
         doctor = [sys.executable, "-m", "rms.cli", "doctor", "--json", "--node", "n1", "--config", slurm.config("n1")]
         assert json.loads(slurm.run(*doctor, check=False).stdout)["slurm"] == [
-            "topology.conf: node rmsfit is at no switch: jobs that do not fit now would be refused"
+            "topology.conf: node rmsfit is at no switch: jobs that do not fit now may be refused"
         ]
         full = slurm.sbatch("sleep 600", "--gres=mig:7g:2", user=slurm.users[0])
         running(slurm, full)
         slurm.wait(lambda: "rms_" not in record(slurm, "n1")["ActiveFeatures"], 60, "it is full, and says so")
         one = ("sbatch", "--parsable", "--gres=mig:1g", "--wrap=true")
-        assert "configuration is not available" in slurm.run(*one, user=slurm.users[0], check=False).stderr
+        if slurm.run("scontrol", "--version").stdout.startswith("slurm-wlm 22."):  # 26.05 takes it
+            assert "configuration is not available" in slurm.run(*one, user=slurm.users[0], check=False).stderr
         (slurm.etc / "topology.conf").write_text("SwitchName=one Nodes=n1,rmsfit\n")
         slurm.stop_daemon("slurmctld")
         slurm.start_daemon("slurmctld")
