@@ -200,11 +200,12 @@ def doctor(options: argparse.Namespace) -> int:
 def reconcile(options: argparse.Namespace) -> int:
     """Compare state, GPUs and Slurm, and mend what differs: one line for each thing that was found."""
     import controller
-    from slurm.slurmctld import Slurmctld, SlurmError
+    from slurm.slurmctld import SilentError, Slurmctld, SlurmError, present
     from slurm.stuck import back, stuck
 
     told = []
-    silent = False
+    # To ask slurmctld once more would only take as long again, and at boot slurmd waits for us.
+    silent = not os.path.exists(present(options.slurm_conf))
 
     def tell(text: str) -> None:
         told.append(text)
@@ -213,16 +214,19 @@ def reconcile(options: argparse.Namespace) -> int:
     def over(runs: Sequence[Run]) -> Sequence[Run]:
         nonlocal silent
         try:
-            return Slurmctld(options.slurm_conf, SLURM_SECONDS).over(runs, options.node) if runs else ()
+            asks = runs and not silent
+            return Slurmctld(options.slurm_conf, SLURM_SECONDS).over(runs, options.node) if asks else ()
         except SlurmError as error:  # no answer is no reason to take anything from anybody
             silent = True
             tell(f"Slurm does not say what runs here, so no run is taken for over: {error}")
             return ()
 
     settings = config.load(options.config, options.node)
+    if silent:
+        tell(f"Slurm is not asked, nor told anything: there is no {options.slurm_conf}")
     controller.Controller(settings, log=tell, rehearsal=options.dry_run).reconcile(over)
-    if not silent:  # to ask it once more would only take as long again
-        with suppress(SlurmError):
+    if not silent:
+        try:
             slurmctld = Slurmctld(options.slurm_conf, SLURM_SECONDS)
             for job in stuck(slurmctld, options.node, settings.run_dir):
                 try:
@@ -230,6 +234,11 @@ def reconcile(options: argparse.Namespace) -> int:
                 except SlurmError as error:
                     done = f"it can't be requeued: {error}"
                 tell(f"job {job.name} is in a Prolog of which there is no process: {done}")
+        except SilentError as error:
+            silent = True
+            tell(f"Slurm is not told what fits here: {error}")
+        except SlurmError as error:
+            tell(f"Slurm does not say which jobs are in their Prolog: {error}")
     if not (silent or options.dry_run) and settings.admission != "sums":
         from slurm.publish import Publisher
 

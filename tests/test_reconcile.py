@@ -431,9 +431,12 @@ def world(node: Node) -> dict[Path, object]:
 def test_the_verb_says_what_it_finds_and_a_dry_run_changes_nothing(
     node: Node, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    nowhere = ["--slurm-conf", str(node.root / "no-slurm.conf")]
+    conf = node.root / "slurm.conf"
+    nowhere = ["--slurm-conf", str(conf)]
     assert "first start here" in rms(node, capsys, "reconcile", *nowhere)
-    assert rms(node, capsys, "reconcile", *nowhere) == "nothing to do\n"
+    unasked = f"Slurm is not asked, nor told anything: there is no {conf}\n"
+    assert rms(node, capsys, "reconcile", *nowhere) == unasked
+    conf.write_text("Nonsense=1\n")  # squeue ends at once
     (one,) = node.acquire(1, "3g")
     node.acquire(2, "1g")
     (node.marker(2)).write_text("ended 0\n")

@@ -426,6 +426,7 @@ def test_reconcile_takes_slurm_s_word(slurm: Cluster) -> None:
     assert time.monotonic() - began < 30
     assert "run 900001.7 is over" in told and f"run {job}.0" not in told
     assert busy(slurm) == [f"{job}.0"]
+    assert slurm.run(*reconcile).stdout == "nothing to do\n"
     slurm.run("scontrol", "requeue", str(job))
     slurm.wait(lambda: busy(slurm) == [] or slurm.job(job)["JobState"] == "PENDING", 60, "its Epilog")
     slurm.run(*reconcile)
