@@ -256,6 +256,7 @@ def test_nonsense_from_slurmd_is_the_node_s_fault(hooks: Hooks, name: str) -> No
 
 
 def test_a_comment_that_makes_no_sense_is_the_user_s_fault(hooks: Hooks) -> None:
+    hooks.does("scontrol", "exit 1")  # nobody is there to be told
     for text in (
         "rms1:",
         "rms1:\x01\n",
@@ -347,7 +348,7 @@ def test_no_room_while_slurmctld_is_away(hooks: Hooks) -> None:
     count = hooks.node.root / "asked"
     hooks.does(
         "squeue",
-        f"echo >>{count}\n[ $(wc -l <{count}) -gt 3 ] || {{ echo '{UNREACHABLE}' >&2; exit 1; }}\n{answer}",
+        f"echo >>{count}\n[ $(wc -l <{count}) -gt 9 ] || {{ echo '{UNREACHABLE}' >&2; exit 1; }}\n{answer}",
     )
     hooks.prolog(7)
     assert "waiting for slurmctld" in hooks.log() and "requeued" in hooks.log()
@@ -419,14 +420,35 @@ def test_a_request_that_can_not_be_while_slurmctld_is_away(hooks: Hooks) -> None
     assert hooks.left() == "refused 0"
 
 
+def test_an_older_slurm_has_a_job_wait_for_a_credential_s_life_and_nobody_wakes_it(hooks: Hooks) -> None:
+    """It would start without a Prolog."""
+    hooks.prolog(1, comment=WHOLE_NODE)
+    answer = (hooks.bin / "squeue.does").read_text()
+    hooks.does("squeue", f'case "$*" in *EligibleTime*) echo PENDING 1 4711; exit ;; esac\n{answer}')
+    for version, expire, seconds in (
+        ("23.02.6", "", 130),
+        ("22.05.8", "cred_expire=20", 30),
+        ("22.05.8", "cred_expire=4", 130),
+    ):
+        hooks.does(
+            "scontrol", f'[ "$*" != "show config" ] || printf "AuthInfo = {expire}\nSLURM_VERSION = {version}\n"'
+        )
+        hooks.prolog(7)
+        assert f"[JobId=7] [StartTime=now+{seconds}]" in hooks.calls()
+        assert sent_back.load(hooks.node.config.state_dir, time.time()) == []
+
+
 def test_a_job_that_was_sent_back_is_woken_as_soon_as_there_is_room(hooks: Hooks) -> None:
     """On a Slurm that needs no credential's life before it may come again (23.02.7)."""
     hooks.prolog(1, comment=WHOLE_NODE)
     start = int(time.time()) + 30
     answer = (hooks.bin / "squeue.does").read_text()
-    hooks.does("squeue", f'case "$*" in *EligibleTime*) echo PENDING 1 {start}; exit ;; esac\n{answer}')
     hooks.does("scontrol", '[ "$*" != "show config" ] || echo "SLURM_VERSION = 24.05.0"')
-    hooks.prolog(7)
+    for priority in (0, 1):  # 0: held by its user, it does not come back
+        hooks.does("squeue", f'case "$*" in *EligibleTime*) echo PENDING {priority} {start}; exit ;; esac\n{answer}')
+        assert sent_back.load(hooks.node.config.state_dir, time.time()) == []
+        hooks.calls()
+        hooks.prolog(7)
     assert "scontrol [requeue] [7]\nscontrol [update] [JobId=7] [StartTime=now+30]\n" in hooks.calls()
     (waiting,) = sent_back.load(hooks.node.config.state_dir, time.time())
     assert (waiting.job, waiting.request, waiting.submit, waiting.start) == (7, "3g.40gb:1", 1, start)

@@ -358,6 +358,8 @@ def test_a_count_that_slurm_shortens_is_read() -> None:
 def test_extra_keeps_what_a_site_has_there() -> None:
     (_, extra) = changes(told(TOKEN, extra='{"rack":7,"rms_old":1}'), Offer(("rms_a_1",), 1, 1), "extra")
     assert json.loads(extra.removeprefix("Extra=")) == {"rack": 7, "rms_a_1": 1}
+    for other in ("rack 7", "[7]"):  # it can't be kept: slurmctld reads nothing but an object
+        assert changes(told(TOKEN, extra=other), Offer(("rms_a_1",), 1, 1), "extra")[1:] == ['Extra={"rms_a_1":1}']
 
 
 def test_a_node_without_the_token_is_told_of() -> None:
