@@ -319,12 +319,12 @@ local function both(own, name)
 end
 
 -- What users may not ask for: what nodes publish, and the node that is never there.
-local function reserved(job)
+local function reserved(job, record)
     if not (site and site.sentinel) then
         return nil
     end
     for _, field in ipairs({ "features", "prefer", "extra" }) do
-        if mentions_published(job[field]) then
+        if mentions_published(job[field]) and not (record and job[field] == record[field]) then
             return "what begins with " .. PUBLISHED .. " is set by the system; ask with --gres=mig:PROFILE:COUNT"
         end
     end
@@ -452,6 +452,28 @@ local function check_submit(job, _, parts)
     end
 end
 
+-- One change of all tasks of an array, or all components of a heterogeneous job, is shown to us once for each, in one
+-- and the same table, with what we wrote for the one before. So we remember that, by field, and what was typed there.
+local written = {}
+
+local function write(job, field, value)
+    local was, typed = written[field], job[field]
+    if was and typed == was.value then
+        typed = was.typed
+    end
+    written[field] = { value = value, typed = typed }
+    job[field] = value
+end
+
+local function take_back(job, record)
+    for field, was in pairs(written) do
+        if job[field] == was.value then
+            was.value = was.typed or record[field] or "" -- empty: as it is
+            job[field] = was.value
+        end
+    end
+end
+
 -- A waiting job whose limit is raised has not got the name of a short one any more.
 local function outgrow(job, record, limit)
     if not (site and site.sentinel) or record.job_state % 256 ~= 0 or limit > 0 and limit <= site.short_minutes then
@@ -463,7 +485,7 @@ local function outgrow(job, record, limit)
     end
     local own, name = (record[field] or ""):match("^(.-)(" .. PUBLISHED .. "[^&]*)_short" .. ending .. "$")
     if name and (own == "" or own:sub(-1) == "&") then
-        job[field] = own .. name .. ending
+        write(job, field, own .. name .. ending)
     end
 end
 
@@ -478,12 +500,12 @@ local function check_change(job, record, parts)
         return
     end
     local elsewhere = (job.req_nodes or "") ~= "" or (job.reservation or "") ~= ""
-    if elsewhere and not job.features and mentions_published(record.features) then
+    if elsewhere and (job.features or record.features) == record.features and mentions_published(record.features) then
         -- While no such node has room slurmctld would hold it, for ever: BadConstraints. Lua can't empty the constraint.
         return "a job with mig can't be bound to nodes or a reservation later; submit a new one"
     end
     if job.comment and not starts(job.comment, PREFIX) and not job.tres_per_node then
-        job.comment = beginning(record.comment) .. job.comment
+        write(job, "comment", beginning(record.comment) .. job.comment)
     end
     local limit = job.time_limit and job.time_limit ~= NOT_GIVEN and minutes(job.time_limit)
     if not limit and job.partition and record.time_limit == NOT_GIVEN then
@@ -492,7 +514,7 @@ local function check_change(job, record, parts)
     if limit then -- the node goes by the comment
         local fixed, own = (job.comment or record.comment):match("^(" .. PREFIX .. "[^;]*;s=%d+;l=)%d+;(.*)$")
         if fixed then
-            job.comment = ("%s%d;%s"):format(fixed, limit, own)
+            write(job, "comment", ("%s%d;%s"):format(fixed, limit, own))
         end
         outgrow(job, record, limit)
     end
@@ -514,12 +536,13 @@ local function check_modify(job, record, parts)
     end
     if site and site.sentinel then
         for _, field in ipairs({ "features", "prefer", "extra" }) do
-            if job[field] then
+            if job[field] and job[field] ~= record[field] then
                 return "the constraint of a job with mig can't be changed; submit a new one"
             end
         end
-        if reserved(job) then
-            return reserved(job)
+        local problem = reserved(job, record)
+        if problem then
+            return problem
         end
     end
     for _, field in ipairs({ "min_nodes", "max_nodes" }) do
@@ -554,6 +577,7 @@ function M.submit(job, parts, uid)
 end
 
 function M.modify(job, record, parts, uid)
+    take_back(job, record)
     local rc, problem = answer(uid, uid == 0 and check_change or check_modify, job, record, parts)
     if problem then -- before 23.02 scontrol prints only "Unspecified error", so at least the log knows
         slurm.log_info("rms: refused uid %d a change of job %s: %s", uid, tostring(record.job_id), problem)

@@ -6,6 +6,7 @@ import functools
 import importlib
 import itertools
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -521,6 +522,35 @@ def test_the_partition_s_limit_counts_where_that_is_changed(uid: int) -> None:
     assert told.comment == PREFIX.replace("l=5", "l=40")
 
 
+@pytest.mark.parametrize("uid", [USER, 0])
+@pytest.mark.parametrize("typed", [{}, {"comment": "new"}])
+def test_a_change_of_an_array_or_of_all_components(uid: int, typed: dict[str, str]) -> None:
+    """slurmctld shows it once for each, in one table, with what was written for the one before (22.05)."""
+    told, name = lua(admission="features"), "rms_1g.10gb_1"
+    waits = {"job_state": 0.0, "job_id": 7}
+    records = [
+        {"comment": "rms1:1g.10gb:1;s=1;l=5;a", "features": f"{name}_short"} | waits,
+        {"comment": "rms1:2g.20gb:1;s=1;l=9;b", "features": f"ib&{name}_short"} | waits,
+        {"comment": "rms1:3g.40gb:1;s=1;l=70;c", "features": "rms_3g.40gb_1"} | waits,
+        {"comment": "none of ours", "features": "ib"} | waits,
+        {"features": None} | waits,
+        {"comment": "rms1:1g.10gb:1;s=1;l=5;a", "features": f"{name}_short"} | waits,
+    ]
+    if typed and uid:  # not a user's to change
+        records = records[3:5]
+    fields = {"min_nodes": NOT_GIVEN, "max_nodes": NOT_GIVEN, "time_limit": 40.0} | typed
+    table = told.runtime.table_from(fields)
+    job = told.runtime.globals().job_desc(table)
+    for record in records:
+        assert told.module.modify(job, told.runtime.table_from(record), None, uid) == SUCCESS, record
+        comment, features = str(record.get("comment")), str(record["features"])
+        begins, _, own = comment.rpartition(";")
+        limited = begins[: begins.rindex("=") + 1] + "40;" if begins else ""
+        wanted = limited + typed.get("comment", own if begins else comment)
+        assert (table["comment"] or "None") == wanted
+        assert (table["features"] or features) == features.removesuffix("_short")
+
+
 @pytest.mark.parametrize("where", [{"req_nodes": "n2"}, {"reservation": "mine"}])
 def test_a_job_that_asks_for_its_name_is_not_bound_to_nodes_later(where: dict[str, str]) -> None:
     told, asks = lua(admission="features"), OURS | {"features": "ib&rms_3g.40gb_1"}
@@ -922,6 +952,26 @@ def test_slurm_keeps_the_user_from_forging(cluster: Cluster) -> None:
     for change in ["comment=moved", "TimeLimit=40"]:
         assert update(ours, change, as_root=True), change
     assert cluster.job(ours)["Comment"] == prefix.replace("l=60", "l=40") + "moved"
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize("as_root", [False, True])
+def test_slurm_changes_all_components_and_tasks(cluster: Cluster, as_root: bool) -> None:
+    """Each keeps its own request, whoever changes them."""
+    user = cluster.users[0]
+    het = cluster.sbatch("true", "--gres=mig:1g", "-H", ":", "--gres=mig:2g", "-H", ":", "-H", user=user)
+    array = cluster.sbatch("true", "--gres=mig:3g", "-H", "--array=1-2", user=user)
+
+    def update(job: int | str, limit: int) -> None:
+        cluster.run("scontrol", "update", f"jobid={job}", f"TimeLimit={limit}", user=None if as_root else user)
+
+    update(het, 33)
+    update(f"{array}_2", 20)  # a record of its own from now on
+    update(array, 30)
+    comments = [cluster.job(job).get("Comment", "") for job in (het, het + 1, het + 2, f"{array}_1", f"{array}_2")]
+    assert [re.sub(r"s=\d+;", "", comment) for comment in comments] == [
+        "rms1:1g.10gb:1;l=33;", "rms1:2g.20gb:1;l=33;", "", "rms1:3g.40gb:1;l=30;", "rms1:3g.40gb:1;l=30;"
+    ]  # fmt: skip
 
 
 @pytest.mark.slurm
