@@ -869,6 +869,8 @@ def test_the_audit_log_tells_the_whole_story(node: Node) -> None:
     node.acquire(2, "7g:2")
     with pytest.raises(NoRoomError):
         node.acquire(3, "3g")
+    with pytest.raises(RequestError):
+        node.acquire(4, "7g:3")
     node.release(2)
     events = [e["event"] for e in node.audit()]
     assert events == [
@@ -876,8 +878,11 @@ def test_the_audit_log_tells_the_whole_story(node: Node) -> None:
         *("release", "released"),
         *("acquire", "decision", "destroy", "create", "create", "granted"),
         *("acquire", "refused"),
+        *("acquire", "failed"),
         *("release", "released"),
     ]
+    (failed,) = [e for e in node.audit() if e["event"] == "failed"]
+    assert (failed["run"], failed["code"]) == (["cluster", 4, 0], RequestError.code) and "7g.80gb:3" in failed["error"]
     decision = node.audit()[2]
     (instance,) = decision["instances"]
     assert instance["placement"] == "1g.10gb@6:1"

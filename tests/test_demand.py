@@ -191,6 +191,21 @@ def test_the_same_request_of_another_job_has_the_place(node: Node) -> None:
     assert node.acquire(2, "3g") == one
 
 
+@pytest.mark.parametrize(
+    ("ends", "limit", "there"), [(60, 30, True), (60, 61, False), (60, None, False), (None, 30, False)]
+)
+def test_who_has_ended_by_then_may_have_what_is_kept(
+    node: Node, ends: int | None, limit: int | None, there: bool
+) -> None:
+    """The GPU with less room is kept, from when its job ends."""
+    (one,) = node.acquire(1, "3g", limit=ends)
+    assert node.acquire(5, "4g")[0].gpu == one.gpu
+    assert node.acquire(2, "1g")[0].gpu != one.gpu
+    node.release(5)
+    tell(node, "7g.80gb:1")
+    assert (node.acquire(3, "1g", limit=limit)[0].gpu == one.gpu) == there
+
+
 def test_nothing_is_kept_for_a_job_that_has_come(node: Node) -> None:
     tell(node, "3g.40gb:1")
     (nine,) = node.acquire(9, "3g")

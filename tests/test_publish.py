@@ -297,6 +297,10 @@ def test_what_is_kept_for_one_job_is_not_offered_to_others() -> None:
     names = offer(node, "boot", 0.0, told._replace(keep="3g.40gb:1,1g.10gb:1")).names
     assert "rms_1g.10gb_1_3g.40gb_1" in names, "in whatever order it was asked for"
     assert name(parse("3g", A100)) not in names
+    node = state(A100, [[Placement("1g.10gb", 0, 1)]])
+    names = offer(node, "boot", 0.0, told._replace(keep="4g.40gb:1")).names
+    assert name(parse("3g", A100)) in names, "in the other half of the GPU"
+    assert name(parse("1g:3", A100)) in names and name(parse("1g:4", A100)) not in names
 
 
 @pytest.mark.parametrize("status", ["making", "removing"])

@@ -283,6 +283,12 @@ def test_the_promise_follows_the_time_limits_but_not_for_ever() -> None:
     assert giving_up(lambda after: some[: 1 + after // 10 % 2], 9000) in (watch.LATER + grace, watch.LATER + grace - 10)
 
 
+def test_a_job_beyond_its_time_limit_is_taken_to_go_on_for_a_moment() -> None:
+    late = job(1, "7g.80gb:1", node="n1", limit=10)
+    there = NOW + 900 + watch.OVERTIME
+    assert watch.room(job(9), node("n1", gpus=1), [late], NOW + 900) == Keep(9, "7g.80gb:1", 1, there)
+
+
 def test_how_many_gpus_is_the_site_s_choice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
