@@ -165,8 +165,14 @@ gpus = 2
         path = str(self.memory / site.HOOKS[option])
         environment = slurmd(self.slurm_conf, option, job, comment)
         verb = [option.lower(), str(self.toml), self.slurm_conf]
-        inside = (lambda: within(environment, lambda: hook.main(verb))) if comment and option != "TaskProlog" else None
-        return Program(what, self.medium, [path], environment, inside=inside, **more)
+
+        def inside() -> int:
+            if option == "Prolog":  # what its shell part does first
+                (self.jobs / str(job)).write_text("refused 0\n")
+            return within(environment, lambda: hook.main(verb))
+
+        python = comment and option != "TaskProlog"
+        return Program(what, self.medium, [path], environment, inside=inside if python else None, **more)
 
 
 def slurmd(slurm_conf: str, option: str, job: int, comment: str) -> dict[str, str]:
