@@ -40,6 +40,16 @@ def output(slurm: RmsCluster, job: int) -> str:
     return (slurm.users[0].work / f"slurm-{job}.out").read_text()
 
 
+def end_all(slurm: RmsCluster) -> None:
+    """A job that is just being requeued outlives an scancel."""
+
+    def over() -> bool:
+        slurm.cancel_all()
+        return not slurm.queue()
+
+    slurm.wait(over, 60, "every job is over")
+
+
 def test_jobs_have_their_instances_and_what_fits_is_published(slurm: RmsCluster) -> None:
     assert rms(slurm, "publish") == ""
     jobs = [slurm.sbatch("echo $CUDA_VISIBLE_DEVICES", "--gres=mig:4g", user=slurm.users[0]) for _ in range(3)]
@@ -54,17 +64,15 @@ def test_no_room_and_no_prolog(slurm: RmsCluster) -> None:
     slurm.wait(lambda: "RUNNING" in slurm.states().values(), 60, "it runs")
     back = slurm.sbatch("true", "--gres=mig:3g", "-w", "n1", user=slurm.users[0])
     slurm.wait(lambda: slurm.job(back)["Restarts"] == "1", 60, "sent back")
-    slurm.cancel_all()
-    slurm.wait_all(60)
+    end_all(slurm)
     # The TaskProlog asks slurmctld where it finds no file.
-    jobs = slurm.root / "n1" / "run" / "jobs"
-    job = slurm.sbatch("sleep 300", "--gres=mig:1g", user=slurm.users[0])
-    slurm.wait(lambda: (jobs / str(job)).exists() and "granted" in (jobs / str(job)).read_text(), 60, "it runs")
-    (jobs / str(job)).unlink()
+    job = slurm.sbatch("echo begun; sleep 300", "--gres=mig:1g", user=slurm.users[0])
+    slurm.wait((slurm.users[0].work / f"slurm-{job}.out").exists, 60, "its script's TaskProlog is over")
+    slurm.wait(lambda: "begun" in output(slurm, job), 60, "it runs")
+    (slurm.root / "n1" / "run" / "jobs" / str(job)).unlink()
     step = slurm.run("srun", f"--jobid={job}", "--overlap", "true", user=slurm.users[0], check=False)
     assert "no Prolog ran for this run of the job, so it has no MIG instance" in step.stdout
-    slurm.cancel_all()
-    slurm.wait_all(60)
+    end_all(slurm)
     assert json.loads(rms(slurm, "show", "--json"))["allocations"] == []
 
 
@@ -78,7 +86,6 @@ def test_a_broken_python_drains_the_node_with_the_reason(slurm: RmsCluster, hook
         slurm.wait(lambda: "false failed with status 1" in slurm.node_states()["n1"].reason, 60, "drained")
     finally:
         path.write_text(text)
-        slurm.cancel_all()
-        slurm.wait_all(60)
+        end_all(slurm)
     rms(slurm, "reconcile")
     slurm.run("scontrol", "update", "NodeName=n1", "State=RESUME")
