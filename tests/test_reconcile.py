@@ -229,8 +229,12 @@ def test_an_instance_that_somebody_made_where_a_run_has_lost_its_own(node: Node)
     node.configure(gpus=[0])
     (one,) = node.acquire(1, "3g")  # @4:4
     node.vanish(0)
-    node.reconcile()
     device = node.device()
+    half = device.create_gpu_instance(one.gpu, "3g.40gb", 4)  # on the very place, but not the same
+    node.reconcile()
+    state = node.state()
+    assert [i.trouble for _, i in state.held(state.allocations[0])] == ["lost"]
+    device.destroy_gpu_instance(one.gpu, half)
     for start in (4, 5):
         device.create_compute_instance(one.gpu, device.create_gpu_instance(one.gpu, "1g.10gb", start))
     node.reconcile()

@@ -494,6 +494,16 @@ def test_grants_from_before_a_reboot_rob_nobody(node: Node) -> None:
     node.check()
 
 
+def test_a_grant_of_what_is_nowhere_protects_nothing(node: Node) -> None:
+    (one,) = node.acquire(1, "3g")
+    node.vanish(one.number)
+    for name in ("state.json", "state.json.previous"):
+        cut(node.root / "state" / name)
+    node.reconcile()
+    assert node.state().allocations == [] and not node.marker(1).exists()
+    node.check_empties()
+
+
 def test_two_grants_of_one_instance_are_not_both_believed(node: Node) -> None:
     node.acquire(1, "7g")
     forged = node.marker(1).read_text()
