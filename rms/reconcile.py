@@ -83,6 +83,10 @@ def _compare(state: State, gpu: Gpu, survey: Survey, dead: Container[int], now: 
             living |= record.placement.mask
         elif (run := runs.get(record.generation)) is None:
             free.append(record)
+        elif actual and record.gi is None and record.trouble != "lost" and actual.uuid == record.uuid:
+            # Known from its grant only, and looked at now for the first time: the GPU did not answer (`_came_to_be`).
+            record.gi, record.ci = actual.gi, actual.ci
+            del there[record.placement]
         elif actual and (actual.gi, actual.ci, actual.uuid) == (record.gi, record.ci, record.uuid):
             record.trouble, record.note = "", ""
             del there[record.placement]

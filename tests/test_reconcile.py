@@ -686,6 +686,20 @@ def test_a_run_keeps_its_place_if_its_instance_and_the_last_state_are_lost_at_on
     node.check_empties()
 
 
+def test_a_run_keeps_its_instance_if_the_last_state_is_lost_while_its_gpu_is(node: Node) -> None:
+    """As above, but the GPU comes back as it was: its ids are known from then on only, its UUID from the grant."""
+    (one,) = node.acquire(1, "3g")
+    (node.root / "state" / "state.json").unlink()
+    node.lose(one.number)
+    (other,) = node.acquire(2, "1g")
+    assert other.gpu != one.gpu
+    node.lose(one.number, lost=False)
+    node.reconcile()
+    node.check()
+    assert {a.run.job for a in node.state().allocations} == {1, 2}
+    node.check_empties()
+
+
 @needs_root
 def test_a_user_can_not_keep_a_stuck_job_from_going_back(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     """Anybody may give a process of their own the job's number; a Prolog is root's."""
